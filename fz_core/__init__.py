@@ -1,0 +1,1 @@
+"""Firezone data plane: the public names, nothing else."""

@@ -1,0 +1,1 @@
+"""Room crypto; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Room dns; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Room driver; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Room fastpath; see docs/architecture.md."""

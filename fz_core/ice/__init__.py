@@ -1,0 +1,1 @@
+"""Room ice; see docs/architecture.md."""

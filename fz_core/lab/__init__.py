@@ -1,0 +1,1 @@
+"""Room lab; see docs/architecture.md."""

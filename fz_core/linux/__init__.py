@@ -1,0 +1,1 @@
+"""Room linux; see docs/architecture.md."""

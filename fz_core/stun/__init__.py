@@ -1,0 +1,1 @@
+"""Room stun; see docs/architecture.md."""

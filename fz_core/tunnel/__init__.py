@@ -1,0 +1,1 @@
+"""Room tunnel; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Room turn; see docs/architecture.md."""

@@ -1,0 +1,1 @@
+"""Room wireguard; see docs/architecture.md."""
