@@ -1,0 +1,6 @@
+from typing_extensions import Buffer
+
+from fz_core.packet import DropReason
+
+def parse_channel_data_untrusted(data: Buffer) -> tuple[int, memoryview] | DropReason: ...
+def build_channel_data(number: int, payload: bytes | bytearray | memoryview) -> bytes: ...
