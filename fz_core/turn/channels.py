@@ -1,0 +1,168 @@
+"""Channel numbers of one allocation: which peer has which, since when, and when to refresh.
+
+Rules (spec/connectivity.md section 3.7): numbers 0x4000 to 0x4FFF, handed out in a ring; a binding lasts
+600 s; the same peer may revive its number for another 300 s; after that the number is free. A binding is
+refreshed from the age of 300 s on, and only if data came in over it.
+"""
+
+from __future__ import annotations
+
+from fz_core.packet import Address
+
+FIRST_CHANNEL = 0x4000
+LAST_CHANNEL = 0x4FFF
+CHANNEL_LIFETIME = 600.0
+REBIND_TIMEOUT = 300.0
+REFRESH_AGE = 300.0
+
+
+class Channel:
+    """One number and its peer. `bound_at` is the last confirmed bind, None before the first."""
+
+    def __init__(self, number: int, peer: Address, now: float) -> None:
+        self.number = number
+        self.peer = peer
+        self.requested_at = now
+        self.bound_at: float | None = None
+        self.is_in_flight = True
+        self.received_at: float | None = None
+
+    def can_send(self, now: float) -> bool:
+        """Optimistic: also while the bind is in flight."""
+        return self.is_in_flight or (self.bound_at is not None and now < self.bound_at + CHANNEL_LIFETIME)
+
+    def refresh_at(self) -> float | None:
+        """When to bind again, if at all."""
+        if self.is_in_flight or self.bound_at is None or self.received_at is None:
+            return None
+        return self.bound_at + REFRESH_AGE
+
+    def is_free(self, now: float) -> bool:
+        """Whether another peer may get the number.
+
+        Data received late shows that the relay still holds the binding, hence the second condition.
+        """
+        if self.is_in_flight or self.bound_at is None:
+            return False
+        if now < self.bound_at + CHANNEL_LIFETIME + REBIND_TIMEOUT:
+            return False
+        return self.received_at is None or now >= self.received_at + REBIND_TIMEOUT
+
+
+class Channels:
+    """The channels of one allocation, by number and by peer."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Channel] = {}
+        self._by_peer: dict[Address, Channel] = {}
+        self._next = FIRST_CHANNEL
+        self._refresh_at: float | None = None
+        self._is_refresh_known = True
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def request(self, peer: Address, now: float) -> Channel | None:
+        """The channel to bind for `peer`; None if nothing is to be sent, or no number is left."""
+        channel = self._by_peer.get(peer)
+        if channel is not None:
+            if channel.can_send(now):
+                return None
+            if not channel.is_free(now):
+                return self.begin(channel, now)
+            self._drop(channel)
+        number = self._next_number(now)
+        if number is None:
+            return None
+        channel = Channel(number, peer, now)
+        self._by_number[number] = channel
+        self._by_peer[peer] = channel
+        return channel
+
+    def begin(self, channel: Channel, now: float) -> Channel:
+        """A bind for this known channel is being sent."""
+        channel.is_in_flight = True
+        channel.requested_at = now
+        self._is_refresh_known = False
+        return channel
+
+    def confirm(self, number: int, now: float) -> None:
+        """The relay accepted the bind."""
+        channel = self._by_number.get(number)
+        if channel is None:
+            return
+        channel.is_in_flight = False
+        channel.bound_at = now
+        channel.received_at = None
+        self._is_refresh_known = False
+
+    def reject(self, number: int) -> None:
+        """The relay refused the bind: nothing remains of it."""
+        channel = self._by_number.get(number)
+        if channel is not None:
+            self._drop(channel)
+
+    def clear(self) -> None:
+        """The allocation is gone."""
+        self._by_number.clear()
+        self._by_peer.clear()
+        self._next = FIRST_CHANNEL
+        self._refresh_at = None
+        self._is_refresh_known = True
+
+    def number_to(self, peer: Address, now: float) -> int | None:
+        """The number to send to `peer` with."""
+        channel = self._by_peer.get(peer)
+        return channel.number if channel is not None and channel.can_send(now) else None
+
+    def receive(self, number: int, now: float) -> Address | None:
+        """Data came in: its peer, if the channel was ever confirmed."""
+        channel = self._by_number.get(number)
+        if channel is None or channel.bound_at is None:
+            return None
+        if channel.received_at is None:
+            self._is_refresh_known = False
+        channel.received_at = now
+        return channel.peer
+
+    def due(self, now: float) -> list[Channel]:
+        """Channels to refresh now; none is a common and cheap answer."""
+        at = self.next_refresh_at()
+        if at is None or at > now:
+            return []
+        due = []
+        for channel in self._by_number.values():
+            refresh_at = channel.refresh_at()
+            if refresh_at is not None and refresh_at <= now:
+                if channel.can_send(now):
+                    due.append(channel)
+                else:
+                    channel.received_at = None  # expired: a later send revives it, no timer does
+        self._is_refresh_known = False
+        return due
+
+    def next_refresh_at(self) -> float | None:
+        """The earliest refresh; computed anew only after something changed."""
+        if not self._is_refresh_known:
+            times = (channel.refresh_at() for channel in self._by_number.values())
+            self._refresh_at = min((at for at in times if at is not None), default=None)
+            self._is_refresh_known = True
+        return self._refresh_at
+
+    def _drop(self, channel: Channel) -> None:
+        del self._by_number[channel.number]
+        if self._by_peer.get(channel.peer) is channel:
+            del self._by_peer[channel.peer]
+        self._is_refresh_known = False
+
+    def _next_number(self, now: float) -> int | None:
+        for _ in range(FIRST_CHANNEL, LAST_CHANNEL + 1):
+            number = self._next
+            self._next = FIRST_CHANNEL if number == LAST_CHANNEL else number + 1
+            old = self._by_number.get(number)
+            if old is None:
+                return number
+            if old.is_free(now):
+                self._drop(old)
+                return number
+        return None
