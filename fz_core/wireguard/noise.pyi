@@ -1,0 +1,5 @@
+from typing_extensions import Buffer
+
+from fz_core.crypto import PrivateKey
+
+def initiator_static_key_untrusted(private_key: PrivateKey | bytes, datagram: Buffer) -> bytes | None: ...

@@ -1,0 +1,51 @@
+# One session: keys, counters and replay window in a C struct, sealed and opened without the GIL.
+#
+# For a pump: hold a reference to the Session, use `&session.state`, and serialise calls on it
+# (they change counters and the window). Timers are fed through `timers.pxd`.
+
+cimport cython
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from fz_core.wireguard.replay cimport ReplayWindow
+
+cdef enum:
+    REPLAYED = -1
+    FORGED = -2
+    EXHAUSTED = -3
+    NOT_IP = -4
+
+ctypedef struct SessionState:
+    uint8_t send_key[32]
+    uint8_t receive_key[32]
+    uint64_t send_counter
+    uint32_t local_index       # what the peer puts in its datagrams to us
+    uint32_t remote_index
+    bint data_sent             # something other than keep-alives
+    bint data_received
+    ReplayWindow replay
+
+# Writes DATA_OVERHEAD + length bytes to `out` and returns that count, or EXHAUSTED. The plaintext
+# may already lie at out + DATA_HEADER_LENGTH.
+cdef Py_ssize_t session_seal(
+    SessionState *state, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out) noexcept nogil
+
+# `length` is at least DATA_OVERHEAD and the datagram's type and index are checked. Writes
+# length - DATA_OVERHEAD bytes to `out` and returns that count, or REPLAYED or FORGED.
+# `out` may be datagram + DATA_HEADER_LENGTH.
+cdef Py_ssize_t session_open(
+    SessionState *state, const uint8_t *datagram, Py_ssize_t length, uint8_t *out) noexcept nogil
+
+# The length of the IP packet at the start of decrypted bytes, without padding, or NOT_IP.
+cdef Py_ssize_t inner_length(const uint8_t *plaintext, Py_ssize_t length) noexcept nogil
+
+@cython.final
+cdef class Session:
+    cdef SessionState state
+    cdef readonly double established_at
+    cdef readonly bint is_initiator
+    cdef readonly bint is_confirmed    # the peer is known to have the keys: it may be sent on
+    cdef readonly uint64_t serial      # order of creation within a tunnel
+
+# Copies the keys; the caller wipes its own.
+cdef Session new_session(
+    bytes send_key, bytes receive_key, uint32_t local_index, uint32_t remote_index, bint is_initiator)

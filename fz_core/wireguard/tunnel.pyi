@@ -1,0 +1,53 @@
+from collections.abc import Callable
+from typing import final
+
+from typing_extensions import Buffer
+
+from fz_core.crypto import PrivateKey
+from fz_core.packet import DropReason
+from fz_core.wireguard.events import Expired, SessionEstablished
+from fz_core.wireguard.rate_limit import RateLimiter
+from fz_core.wireguard.session import Session
+
+@final
+class Tunnel:
+    def __init__(
+        self,
+        private_key: PrivateKey | bytes,
+        peer_public_key: bytes,
+        preshared_key: bytes,
+        index_base: int,
+        now: float,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        *,
+        rekey_attempt_time: float = 90.0,
+        keepalive_timeout: float = 10.0,
+        rekey_timeout: float = 5.0,
+        rate_limiter: RateLimiter | None = None,
+        queue_limit: int = 0,
+        handshake_on_data: bool = False,
+        persistent_keepalive: float | None = None,
+    ) -> None: ...
+    @property
+    def has_session(self) -> bool: ...
+    @property
+    def is_initiator_of_session(self) -> bool: ...
+    @property
+    def handshake_in_progress(self) -> bool: ...
+    @property
+    def last_rx_at(self) -> float | None: ...
+    @property
+    def last_tx_at(self) -> float | None: ...
+    def current_session(self) -> Session | None: ...
+    def session(self, local_index: int) -> Session | None: ...
+    def start_handshake(self, now: float, force: bool = False) -> None: ...
+    def seal(self, packet: Buffer, now: float) -> bytes | DropReason: ...
+    def seal_into(self, packet: Buffer, out: Buffer, offset: int, now: float) -> int | DropReason: ...
+    def handle_untrusted(
+        self, datagram: Buffer, source_ip: bytes | None, now: float
+    ) -> bytes | DropReason | None: ...
+    def handle_timeout(self, now: float) -> None: ...
+    def poll_timeout(self) -> float | None: ...
+    def poll_datagram(self) -> bytes | None: ...
+    def poll_event(self) -> SessionEstablished | Expired | None: ...
