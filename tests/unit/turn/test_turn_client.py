@@ -89,7 +89,7 @@ class Scene:
     def answer_binding(self, request: Message, *, v6: bool = False) -> None:
         mapped = xor_address_value(MAPPED6 if v6 else MAPPED4, request.transaction_id)
         where = {"remote": RELAY6, "local": LOCAL6} if v6 else {}
-        self.answer(request, 2, [(MAPPED, mapped)], key=None, **where)  # type: ignore[arg-type]
+        self.answer(request, 2, [(MAPPED, mapped)], key=None, **where)
 
     def answer_error(self, request: Message, code: int, nonce: str | None = None, **more: Any) -> None:
         attributes = [(ERROR, error_code_value(code, "x"))]
