@@ -1,1 +1,7 @@
-"""Room fastpath; see docs/architecture.md."""
+"""Offload transformations: split and merge TUN packets, batch outgoing datagrams (floor 5)."""
+
+from fz_core.fastpath.coalesce import Coalescer
+from fz_core.fastpath.gso import GsoBatch, GsoQueue
+from fz_core.fastpath.split import split_super_packet
+
+__all__ = ["Coalescer", "GsoBatch", "GsoQueue", "split_super_packet"]
