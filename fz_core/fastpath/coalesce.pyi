@@ -1,7 +1,10 @@
+from typing import final
+
 from typing_extensions import Buffer
 
 from fz_core.packet import DropReason, Packet
 
+@final
 class Coalescer:
     enabled: bool
     def __init__(self, enabled: bool = True) -> None: ...

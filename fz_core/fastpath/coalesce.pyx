@@ -7,7 +7,7 @@ be merged passes through untouched. Not here: the write itself (`linux/`). Sourc
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 from fz_core.fastpath.virtio cimport (
@@ -33,6 +33,7 @@ cdef enum:
 
 @cython.final
 @cython.no_gc
+@cython.auto_pickle(False)
 cdef class Entry:
     """One element of the queue: a packet, or the first packet of a run and those that follow it."""
 
@@ -46,6 +47,8 @@ cdef class Entry:
     cdef uint8_t key[CONNECTION_KEY]
 
 
+@cython.auto_pickle(False)
+@cython.final
 cdef class Coalescer:
     """Collects one batch of packets for the TUN device.
 
@@ -73,7 +76,7 @@ cdef class Coalescer:
         return None
 
     def drain(self):
-        """The queued packets in order, each as bytes with its 10-byte virtio header; the queue is empty after."""
+        """Empty the queue: its packets in order, each as bytes with its 10-byte virtio header."""
         cdef Entry entry
         cdef list entries = self._entries
         self._entries = []
@@ -119,7 +122,7 @@ cdef int start_run(Coalescer self, Packet packet, const uint8_t *key, bint candi
     entry.segment = payload_of(packet)
     if packet.layout.protocol == PROTO_TCP:
         entry.next_seq = get32(tcp + 4) + <uint32_t>entry.segment
-        entry.psh = packet.layout.tcp_flags & TCP_PSH
+        entry.psh = <uint8_t>(packet.layout.tcp_flags & TCP_PSH)
         if entry.psh:
             entry.is_open = False
     self._entries.append(entry)
@@ -136,7 +139,7 @@ cdef int extend(Entry entry, Packet packet) except -1:
     entry.total += part
     entry.next_seq += <uint32_t>part
     if packet.layout.protocol == PROTO_TCP:
-        entry.psh |= packet.layout.tcp_flags & TCP_PSH
+        entry.psh |= <uint8_t>(packet.layout.tcp_flags & TCP_PSH)
     if part < entry.segment or entry.psh:
         entry.is_open = False
     return 0
@@ -239,9 +242,9 @@ cdef VnetHeader vnet_of(Entry entry) noexcept:
     if first.layout.protocol == PROTO_TCP:
         header.gso_type = VNET_GSO_TCPV4 if first.layout.version == 4 else VNET_GSO_TCPV6
         header.csum_offset = 16
-    header.hdr_len = first.layout.payload
-    header.gso_size = entry.segment
-    header.csum_start = first.layout.l4
+    header.hdr_len = <uint16_t>first.layout.payload
+    header.gso_size = <uint16_t>entry.segment
+    header.csum_start = <uint16_t>first.layout.l4
     return header
 
 

@@ -27,6 +27,7 @@ cdef class GsoBatch:
     cdef object _key
 
 
+@cython.final
 cdef class GsoQueue:
     cdef readonly Py_ssize_t max_batches
     cdef readonly object dropped

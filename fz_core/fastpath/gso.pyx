@@ -21,6 +21,7 @@ cdef enum:
 
 
 @cython.final
+@cython.auto_pickle(False)
 cdef class BufferPool:
     """Up to 32 buffers of 65,535 bytes, kept so that a busy queue does not page memory in and out."""
 
@@ -49,6 +50,7 @@ cdef class BufferPool:
 
 @cython.final
 @cython.no_gc
+@cython.auto_pickle(False)
 cdef class GsoBatch:
     """Datagrams of one size, back to back; the last may be shorter. A read-only buffer of unsent bytes."""
 
@@ -64,6 +66,8 @@ cdef class GsoBatch:
         return self.length - self._start
 
 
+@cython.auto_pickle(False)
+@cython.final
 cdef class GsoQueue:
     """The bounded queue of batches for one socket.
 
@@ -178,7 +182,9 @@ cdef inline bint has_room(GsoBatch batch, Py_ssize_t size) noexcept:
     )
 
 
-cdef GsoBatch start_batch(GsoQueue self, Py_ssize_t size, object remote, object local, object ecn, object key):
+cdef GsoBatch start_batch(
+    GsoQueue self, Py_ssize_t size, object remote, object local, object ecn, object key
+):
     cdef GsoBatch batch
     if len(self._batches) >= self.max_batches:
         return None

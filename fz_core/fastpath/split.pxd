@@ -20,7 +20,9 @@ cdef struct SplitPlan:
 
 
 # `ip` must outlive the plan.
-cdef int plan_split(const uint8_t *ip, Py_ssize_t size, int gso_type, int gso_size, SplitPlan *plan) noexcept nogil
+cdef int plan_split(
+    const uint8_t *ip, Py_ssize_t size, int gso_type, int gso_size, SplitPlan *plan
+) noexcept nogil
 
 # Writes segment `i` (0 <= i < plan.count) to `out`, which has room for its bytes, at most
 # plan.header + plan.segment; returns how many.

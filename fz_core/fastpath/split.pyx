@@ -137,7 +137,9 @@ cdef int count(object drops, object reason) except -1:
     return 0
 
 
-cdef int plan_split(const uint8_t *ip, Py_ssize_t size, int gso_type, int gso_size, SplitPlan *plan) noexcept nogil:
+cdef int plan_split(
+    const uint8_t *ip, Py_ssize_t size, int gso_type, int gso_size, SplitPlan *plan
+) noexcept nogil:
     if size < 20 or size > 65535 or gso_size <= 0:
         return SPLIT_MALFORMED
     plan.ip = ip

@@ -94,7 +94,9 @@ cdef inline uint16_t finish_udp(uint64_t total) noexcept nogil:
     return value if value != 0 else 0xFFFF
 
 
-cdef inline uint64_t pseudo_sum(const uint8_t *ip, int version, int protocol, unsigned int length) noexcept nogil:
+cdef inline uint64_t pseudo_sum(
+    const uint8_t *ip, int version, int protocol, unsigned int length
+) noexcept nogil:
     """Unfolded sum of the TCP/UDP/ICMPv6 pseudo-header of the packet at ip; length below 65,536."""
     cdef uint64_t total = <uint64_t>be16(<unsigned int>protocol) + be16(length)
     if version == 4:

@@ -4,7 +4,7 @@ Source: RFC 1071, RFC 1624, spec/tunnel.md section 2.3.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport uint8_t, uint16_t
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
 
 from fz_core.packet.checksum cimport add_bytes, adjust, be16, fold, get16, store
 
@@ -12,9 +12,11 @@ from fz_core.packet.checksum cimport add_bytes, adjust, be16, fold, get16, store
 def ones_complement_sum(data, int initial=0):
     """The folded 16-bit sum of big-endian words of data, added to `initial`; not complemented."""
     cdef Py_buffer view
+    cdef uint64_t total
     PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
     try:
-        return swap(fold(add_bytes(be16(<unsigned int>(initial & 0xFFFF)), <const uint8_t *>view.buf, view.len)))
+        total = be16(<unsigned int>(initial & 0xFFFF))
+        return swap(fold(add_bytes(total, <const uint8_t *>view.buf, view.len)))
     finally:
         PyBuffer_Release(&view)
 

@@ -5,7 +5,6 @@ Checksums are not verified and nothing is reassembled. Source: spec/tunnel.md se
 """
 
 from libc.stdint cimport uint8_t
-from libc.string cimport memset
 
 from fz_core.packet.checksum cimport get16
 

@@ -1,4 +1,4 @@
-from typing import final
+from typing import Never, final
 
 from typing_extensions import Buffer
 
@@ -7,6 +7,7 @@ from fz_core.packet.icmp import IcmpError
 
 @final
 class Packet:
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
     @staticmethod
     def parse_untrusted(data: Buffer) -> Packet | DropReason: ...
     @property

@@ -16,10 +16,7 @@ from libc.string cimport memcmp, memcpy
 from fz_core.packet.checksum cimport (
     add_bytes,
     adjust,
-    be16,
     finish,
-    fold,
-    get16,
     load,
     pseudo_sum,
     put16,
@@ -61,6 +58,7 @@ cdef object packet_from_memory(const uint8_t *data, Py_ssize_t length):
 
 @cython.freelist(64)
 @cython.final
+@cython.auto_pickle(False)
 cdef class Packet:
     """One IPv4 or IPv6 packet of at most 1280 bytes; made by `parse_untrusted` or a builder.
 
@@ -349,7 +347,7 @@ cdef int rewrite_port(Packet packet, int port, bint source) except -1:
 
 
 cdef inline int get_ecn(Packet packet) noexcept:
-    cdef uint8_t byte = packet.start()[1]
+    cdef int byte = packet.start()[1]
     return byte & 3 if packet.layout.version == 4 else (byte >> 4) & 3
 
 

@@ -60,7 +60,7 @@ def test_the_bytes_of_a_merged_train(version: int, protocol: int) -> None:
     if version == 4:
         expected[2:4] = pack("!H", len(data))
         expected[10:12] = b"\0\0"
-        expected[10:12] = pack("!H", ~folded_sum(expected[:20]) & 0xFFFF)
+        expected[10:12] = pack("!H", ~folded_sum(bytes(expected[:20])) & 0xFFFF)
     else:
         expected[4:6] = pack("!H", len(data) - 40)
     if protocol == TCP:
@@ -108,7 +108,7 @@ def test_no_payload_is_lost_and_each_connection_keeps_its_order(
 
 
 def test_single_packets_pass_unchanged_under_a_zero_header() -> None:
-    packets = [packet_of(4, TCP, b"abc"), packet_of(6, UDP, b"def"), build_echo(*ADDRESSES[4], 1)]
+    packets = [packet_of(4, TCP, b"abc"), packet_of(6, UDP, b"def"), build_echo(ADDRESSES[4][0], ADDRESSES[4][1], 1)]
     assert coalesce(packets) == [NO_OFFLOAD + p.data for p in packets]
 
 

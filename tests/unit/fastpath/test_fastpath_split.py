@@ -184,7 +184,7 @@ def test_any_in_order_train_survives(
 
 
 def test_the_reader_accepts_any_contiguous_buffer() -> None:
-    sent = build_tcp(*ADDRESSES[6], 1, 2, ACK, payload=b"x")
+    sent = build_tcp(ADDRESSES[6][0], ADDRESSES[6][1], 1, 2, ACK, payload=b"x")
     data = NO_OFFLOAD + sent.data
     assert split_super_packet(bytearray(data)) == [sent]
     assert split_super_packet(memoryview(data)) == [sent]
