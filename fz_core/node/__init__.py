@@ -1,1 +1,16 @@
-"""Room node; see docs/architecture.md."""
+"""Connections to peers: relays, ICE and WireGuard composed (floor 3)."""
+
+from fz_core.node.connection import Parameters, Profiles
+from fz_core.node.events import NodeEvent, NoRelays
+from fz_core.node.node import CLIENT_PROFILES, GATEWAY_PROFILES, PEER_CLIENT_PROFILES, Node
+
+__all__ = [
+    "CLIENT_PROFILES",
+    "GATEWAY_PROFILES",
+    "PEER_CLIENT_PROFILES",
+    "NoRelays",
+    "Node",
+    "NodeEvent",
+    "Parameters",
+    "Profiles",
+]

@@ -1,1 +1,28 @@
-"""Room portal; see docs/architecture.md."""
+"""The portal protocol without sockets: framing, typed messages, login, the channel (floor 1)."""
+
+from fz_core.portal.channel import (
+    Channel,
+    ChannelEvent,
+    Connect,
+    Connected,
+    Fatal,
+    Hiccup,
+    MessageDropped,
+    MessageReceived,
+)
+from fz_core.portal.login import BadUrl, Login, external_id, user_agent
+
+__all__ = [
+    "BadUrl",
+    "Channel",
+    "ChannelEvent",
+    "Connect",
+    "Connected",
+    "Fatal",
+    "Hiccup",
+    "Login",
+    "MessageDropped",
+    "MessageReceived",
+    "external_id",
+    "user_agent",
+]

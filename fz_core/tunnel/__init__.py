@@ -1,1 +1,7 @@
-"""Room tunnel; see docs/architecture.md."""
+"""The two roles of a tunnel, client and gateway: policy without I/O (floor 4)."""
+
+from fz_core.tunnel.client import ClientTunnel
+from fz_core.tunnel.errors import PacketError, TunnelErrors
+from fz_core.tunnel.gateway import GatewayTunnel
+
+__all__ = ["ClientTunnel", "GatewayTunnel", "PacketError", "TunnelErrors"]

@@ -1,0 +1,60 @@
+# Everything a fresh Debian machine needs, as root: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find fz_core -name '*.pyx' -o -name '*.pxd') \
+           $(wildcard fz_core/ice/*.py fz_core/turn/*.py)
+PEERS ?=
+
+.PHONY: demo test test-fast lint bench interop system-packages build clean help
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
+
+demo: build ## a private web page through client, relay and gateway, in network namespaces
+	$(BIN)/python -m fz_core.lab.demo
+
+demo-smoke: build ## the same with a small file
+	$(BIN)/python -m fz_core.lab.demo --megabytes 5
+
+test: build ## every test
+	$(BIN)/python -m pytest
+
+test-fast: build ## tests that need neither root nor peer programs
+	$(BIN)/python -m pytest -m "not root"
+
+lint: build ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: build ## every benchmark, JSON on stdout
+	$(BIN)/python -m tests.bench
+
+interop: build ## whole systems with the official programs in PEERS=<folder>
+	$(BIN)/python -m tests.interop $(if $(PEERS),--peers $(PEERS))
+
+system-packages: ## what the programs and tests need from Debian
+	@missing=$$(for p in $$(cat system-packages.txt); do \
+	  dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	  echo "installing" $$missing; \
+	  apt-get update -qq && \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+
+build: system-packages $(VENV)/.built ## virtual environment and extension modules
+
+$(VENV)/.installed: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean: ## remove everything built
+	rm -rf $(VENV) build dist *.egg-info
+	find fz_core -name '*.so' -delete -o -name '*.c' -delete

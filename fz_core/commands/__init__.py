@@ -1,0 +1,1 @@
+"""Programs around the embedded services (floor 7)."""

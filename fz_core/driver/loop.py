@@ -1,0 +1,197 @@
+"""The event loop of a tunnel: batches from all ready sources, one budget per source, no starvation.
+
+Each turn takes what the portal, the timer, the TUN device and both UDP sockets have ready, presents it
+to the state machine, and writes what came out. Write before read: while output cannot be flushed,
+nothing is read. No await per packet. Source: `design.md` §5, `spec/io.md` §1.4, §2.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from fz_core.driver import clock
+from fz_core.fastpath import Coalescer, GsoQueue, split_super_packet
+from fz_core.linux import TunDevice, UdpSocket
+from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit
+from fz_core.tunnel import PacketError, TunnelErrors
+
+TUN_BUDGET = 16
+UDP_BUDGET = 16
+SHUTDOWN_FLUSH = 1.0
+MAX_SLEEP = 3600.0
+
+
+class State(Protocol):
+    """What the loop needs of a tunnel state; both roles have it."""
+
+    drops: DropCounter
+
+    def handle_tun_input(self, data: bytes, now: float) -> PacketError | None: ...
+    def handle_network_input(
+        self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
+    ) -> PacketError | None: ...
+    def handle_timeout(self, now: float) -> None: ...
+    def poll_timeout(self) -> tuple[float, str] | None: ...
+    def poll_transmit(self) -> Transmit | None: ...
+    def poll_packet(self) -> Packet | None: ...
+    def shutdown(self, now: float) -> None: ...
+
+
+class Loop:
+    """Drives one state machine. Commands from other tasks go through `submit` and run inside a turn."""
+
+    def __init__(
+        self,
+        state: State,
+        tun: TunDevice,
+        sockets: Sequence[UdpSocket],
+        on_turn: Callable[[], None],
+        on_errors: Callable[[TunnelErrors], None],
+    ) -> None:
+        self._state, self._tun, self._sockets = state, tun, tuple(sockets)
+        self._on_turn, self._on_errors = on_turn, on_errors
+        self._commands: deque[Callable[[float], None]] = deque()
+        self._gso = GsoQueue()
+        self._coalescer = Coalescer(enabled=tun.offloads)
+        self._tun_backlog: deque[bytes] = deque()
+        self._stopping = False
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poll = select.epoll()
+        self._by_fd = {s.fileno(): s for s in self._sockets}
+        for fd in (self._wakeup, tun.fileno(), *self._by_fd):
+            self._poll.register(fd, select.EPOLLIN)
+
+    def submit(self, command: Callable[[float], None]) -> None:
+        """Run a mutation of the state in the next turn; it gets the time."""
+        self._commands.append(command)
+        os.eventfd_write(self._wakeup, 1)
+
+    def stop(self) -> None:
+        """End after saying goodbye to every peer."""
+        self._stopping = True
+        os.eventfd_write(self._wakeup, 1)
+
+    async def run(self) -> None:
+        """Turn until stopped, then flush goodbyes for at most a second."""
+        try:
+            while not self._stopping:
+                await self._turn()
+            self._state.shutdown(clock.now())
+            self._on_turn()
+            with trio.move_on_after(SHUTDOWN_FLUSH):
+                self._queue_transmits()
+                await self._flush()
+        finally:
+            self._poll.close()
+            os.close(self._wakeup)
+
+    async def _turn(self) -> None:
+        await self._flush()
+        ready = self._poll.poll(0)
+        now = clock.now()
+        deadline = self._state.poll_timeout()
+        if not ready and (deadline is None or deadline[0] > now):
+            await self._sleep(MAX_SLEEP if deadline is None else deadline[0] - now)
+            return
+        errors: list[PacketError] = []
+        self._run_commands(now)
+        if deadline is not None and deadline[0] <= now:
+            self._state.handle_timeout(now)
+        ready_fds = {fd for fd, _ in ready}
+        if self._tun.fileno() in ready_fds:
+            self._read_tun(errors, now)
+            self._queue_transmits()
+            await self._flush_udp()
+        for fd, udp in self._by_fd.items():
+            if fd in ready_fds:
+                self._read_udp(udp, errors, now)
+        self._queue_transmits()
+        self._queue_packets()
+        self._on_turn()
+        if errors:
+            self._on_errors(TunnelErrors("packets were dropped", errors))
+        await trio.lowlevel.checkpoint()
+
+    async def _sleep(self, seconds: float) -> None:
+        with trio.move_on_after(min(seconds, MAX_SLEEP)):
+            await trio.lowlevel.wait_readable(self._poll.fileno())
+
+    def _run_commands(self, now: float) -> None:
+        try:
+            os.eventfd_read(self._wakeup)
+        except BlockingIOError:
+            return
+        for _ in range(len(self._commands)):
+            self._commands.popleft()(now)
+
+    # reading
+
+    def _read_tun(self, errors: list[PacketError], now: float) -> None:
+        handle = self._state.handle_tun_input
+        for raw in self._tun.read_batch(TUN_BUDGET):
+            packets = split_super_packet(raw)
+            if isinstance(packets, DropReason):
+                self._state.drops.add(packets)
+                errors.append(PacketError(packets, "tun", None))
+                continue
+            for packet in packets:
+                error = handle(packet, now)
+                if error is not None:
+                    errors.append(error)
+
+    def _read_udp(self, udp: UdpSocket, errors: list[PacketError], now: float) -> None:
+        handle = self._state.handle_network_input
+        for local, remote, ecn, data, segment in udp.recv_batch(UDP_BUDGET):
+            if len(data) <= segment:
+                error = handle(local, remote, data, ecn, now)
+                if error is not None:
+                    errors.append(error)
+                continue
+            for start in range(0, len(data), segment):
+                error = handle(local, remote, data[start : start + segment], ecn, now)
+                if error is not None:
+                    errors.append(error)
+
+    # writing
+
+    def _queue_transmits(self) -> None:
+        poll, append = self._state.poll_transmit, self._gso.append_transmit
+        while (transmit := poll()) is not None:
+            append(transmit)
+
+    def _queue_packets(self) -> None:
+        poll, add = self._state.poll_packet, self._coalescer.add
+        while (packet := poll()) is not None:
+            add(packet)
+        self._tun_backlog.extend(self._coalescer.drain())
+
+    async def _flush(self) -> None:
+        await self._flush_udp()
+        while self._tun_backlog:
+            if self._tun.write(self._tun_backlog[0]):
+                self._tun_backlog.popleft()
+            else:
+                await trio.lowlevel.wait_writable(self._tun.fileno())
+
+    async def _flush_udp(self) -> None:
+        for buffer, segment, remote, local, ecn in self._gso.drain():
+            udp = self._socket_for(remote)
+            if udp is not None:
+                sent = udp.send_batch(buffer, segment, remote, local, ecn)
+                while sent is not None and sent < len(buffer):
+                    await trio.lowlevel.wait_writable(udp.fileno())
+                    buffer = memoryview(buffer)[sent:]
+                    sent = udp.send_batch(buffer, segment, remote, local, ecn)
+
+    def _socket_for(self, remote: Address) -> UdpSocket | None:
+        for udp in self._sockets:
+            if udp.is_ipv4 == (len(remote.ip) == 4):
+                return udp
+        self._state.drops.add(DropReason.NOT_CONNECTED)
+        return None

@@ -1,0 +1,232 @@
+"""One remote peer: an ICE agent that finds a path, a WireGuard tunnel that uses it, and a state.
+
+Not here: sockets of relays and the lookup of connections by datagram (`node.py`).
+Source: `spec/connectivity.md` §6.5, §6.6, §8.1.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+from fz_core.crypto import PrivateKey
+from fz_core.ice import (
+    Agent,
+    Candidate,
+    Credentials,
+    IceState,
+    Nominated,
+    StateChanged,
+    TimingProfile,
+)
+from fz_core.packet import Address
+from fz_core.wireguard import Expired, RateLimiter, SessionEstablished, Tunnel
+
+CANDIDATE_TIMEOUT = 10.0
+DISCONNECT_TIMEOUT = 2.0
+REKEY_ATTEMPT_TIME = 20.0
+HANDSHAKE_THROTTLE = 20.0
+MAX_IDLE = 20.0
+BUFFERED_DATAGRAMS = 128
+
+
+class State(Enum):
+    """Life of a connection; FAILED is left by removal only."""
+
+    CONNECTING = auto()
+    CONNECTED = auto()
+    IDLE = auto()
+    FAILED = auto()
+
+
+class Path(NamedTuple):
+    """Where data goes. With `via_relay`, `local` is our relayed address."""
+
+    local: Address
+    remote: Address
+    via_relay: bool
+    to_relay: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """ICE timing while packets flow and while none do."""
+
+    active: TimingProfile
+    idle: TimingProfile
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What the portal says about a connection. Equal parameters mean the same connection."""
+
+    remote_key: bytes
+    preshared_key: bytes
+    local: Credentials
+    remote: Credentials
+    controlling: bool
+    iceless: bool
+
+    def __repr__(self) -> str:
+        return f"Parameters(controlling={self.controlling}, iceless={self.iceless})"
+
+
+class Connection:
+    """State machine of one connection. Mutate, then `settle`, then take what it wants sent."""
+
+    def __init__(
+        self,
+        peer_id: str,
+        parameters: Parameters,
+        profiles: Profiles,
+        relay_id: str,
+        index: int,
+        private_key: PrivateKey,
+        rate_limiter: RateLimiter,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        now: float,
+    ) -> None:
+        self.peer_id = peer_id
+        self.parameters = parameters
+        self.relay_id = relay_id
+        self.index = index
+        self.state = State.CONNECTING
+        self.path: Path | None = None
+        self.agent = Agent(
+            parameters.local, parameters.remote, parameters.controlling, random_bytes, now, profiles.active
+        )
+        self.tunnel = Tunnel(
+            private_key,
+            parameters.remote_key,
+            parameters.preshared_key,
+            index,
+            now,
+            unix_epoch,
+            random_bytes,
+            rekey_attempt_time=REKEY_ATTEMPT_TIME,
+            rate_limiter=rate_limiter,
+        )
+        self.established = False
+        self.failure: str | None = None
+        self.path_changed = False
+        self.dirty = True
+        self._deadline: float | None = None
+        self._profiles = profiles
+        self._held: deque[bytes] = deque(maxlen=BUFFERED_DATAGRAMS)
+        self._candidates_due_at: float | None = now + CANDIDATE_TIMEOUT
+        self._disconnected_at: float | None = None
+        self._handshake_at: float | None = None
+        self._handshaken = False
+        self._last_activity = now
+
+    def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
+        """Take a candidate of the peer."""
+        self._candidates_due_at = None
+        self.agent.add_remote_candidate(candidate, now)
+        self.touch(now)
+        self.dirty = True
+
+    def touch(self, now: float) -> None:
+        """Note activity; an idle connection wakes up."""
+        self._last_activity = now
+        if self.state is State.IDLE:
+            self.state = State.CONNECTED
+            self.agent.set_profile(self._profiles.active, now)
+            self.dirty = True
+
+    def rehandshake(self, now: float) -> None:
+        """Start a handshake if we are the controlling side, a path exists and none was started lately."""
+        throttled = self._handshake_at is not None and now - self._handshake_at < HANDSHAKE_THROTTLE
+        if self.path is None or not self.parameters.controlling or throttled:
+            return
+        if not self.tunnel.handshake_in_progress:
+            self._handshake_at = now
+            self.tunnel.start_handshake(now)
+
+    def handle_timeout(self, now: float) -> None:
+        """Run every timer that is due."""
+        self.agent.handle_timeout(now)
+        self.tunnel.handle_timeout(now)
+        if self._candidates_due_at is not None and now >= self._candidates_due_at:
+            self.fail("the peer sent no candidates within 10 s")
+        if self._disconnected_at is not None and now >= self._disconnected_at + DISCONNECT_TIMEOUT:
+            self.fail("ICE found no working path")
+        if self.state is State.CONNECTED and now >= self._last_activity + MAX_IDLE and self._is_negotiated:
+            self.state = State.IDLE
+            self.agent.set_profile(self._profiles.idle, now)
+        self.dirty = True
+
+    def deadline(self) -> float | None:
+        """When `handle_timeout` is next due."""
+        if not self.dirty:
+            return self._deadline
+        due = [
+            self.agent.poll_timeout(),
+            self.tunnel.poll_timeout(),
+            self._candidates_due_at,
+            None if self._disconnected_at is None else self._disconnected_at + DISCONNECT_TIMEOUT,
+            self._last_activity + MAX_IDLE if self.state is State.CONNECTED and self._is_negotiated else None,
+        ]
+        self._deadline = min((d for d in due if d is not None), default=None)
+        self.dirty = False
+        return self._deadline
+
+    def settle(self, now: float) -> None:
+        """Let agent and tunnel react to each other until both are quiet."""
+        self.dirty = True
+        while (event := self.agent.poll_event()) is not None:
+            if isinstance(event, Nominated):
+                self._use(event, now)
+            elif isinstance(event, StateChanged):
+                self._disconnected_at = now if event.state is IceState.DISCONNECTED else None
+        while (happened := self.tunnel.poll_event()) is not None:
+            if isinstance(happened, SessionEstablished):
+                self._handshaken = True
+            elif isinstance(happened, Expired):
+                self.fail("the WireGuard handshake was not answered")
+
+    def take_datagrams(self) -> list[bytes]:
+        """WireGuard's own datagrams, held back until a path exists."""
+        while (datagram := self.tunnel.poll_datagram()) is not None:
+            self._held.append(datagram)
+        if self.path is None or not self._held:
+            return []
+        datagrams = list(self._held)
+        self._held.clear()
+        return datagrams
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether both a path and a handshake exist."""
+        return self.path is not None and self._handshaken and self.state is not State.FAILED
+
+    @property
+    def _is_negotiated(self) -> bool:
+        return self.agent.state is IceState.CONNECTED
+
+    def _use(self, nominated: Nominated, now: float) -> None:
+        path = Path(
+            nominated.local,
+            nominated.remote,
+            nominated.local_kind == "relay",
+            nominated.remote_kind == "relay",
+        )
+        if path == self.path:
+            return
+        remote_changed = self.path is None or self.path.remote != path.remote
+        self.path, self.path_changed = path, True
+        if self.state is State.CONNECTING:
+            self.state = State.CONNECTED
+        self.touch(now)
+        if remote_changed:
+            self.rehandshake(now)
+
+    def fail(self, reason: str) -> None:
+        """Give up; the node removes the connection at its next turn."""
+        self.state = State.FAILED
+        self.failure = self.failure or reason
+        self.dirty = True

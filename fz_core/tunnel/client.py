@@ -1,0 +1,383 @@
+"""The client's side of a tunnel: which packet may go to which gateway, and who must be asked first.
+
+Source: `spec/tunnel.md` §4, §6, §7. CIDR and internet resources; names and devices are not routed yet
+(`docs/deviations.md`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from fz_core.crypto import PrivateKey
+from fz_core.ice import Credentials
+from fz_core.node import CLIENT_PROFILES, Node, NoRelays, Parameters
+from fz_core.node import events as node_events
+from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit, build_icmp_prohibited
+from fz_core.portal import client as messages
+from fz_core.portal.types import Interface, merge_relays
+from fz_core.tunnel import control
+from fz_core.tunnel.authorizations import PendingAuthorizations
+from fz_core.tunnel.buffers import PacketBuffer
+from fz_core.tunnel.candidates import CandidateOutbox
+from fz_core.tunnel.errors import PacketError
+from fz_core.tunnel.events import (
+    ConnectionDown,
+    ConnectionUp,
+    PathInUse,
+    ResourceActivated,
+    ResourceDeactivated,
+    ResourceOffline,
+    SendToPortal,
+    TunConfigChanged,
+    TunnelEvent,
+)
+from fz_core.tunnel.gateways import Gateways
+from fz_core.tunnel.ranges import SENTINEL_RANGE, is_multicast
+from fz_core.tunnel.resources import Resources
+from fz_core.tunnel.traffic import is_classifiable, outbound
+
+CONNECTION_BUFFER = 128
+
+
+class ClientTunnel:
+    """Sans-IO state of a client. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
+
+    def __init__(
+        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+    ) -> None:
+        self.node = Node(private_key, now, unix_epoch, random_bytes)
+        self.drops = DropCounter()
+        self.resources = Resources()
+        self._interface: Interface | None = None
+        self._own_ips: tuple[bytes, bytes] = (b"", b"")
+        self._pending = PendingAuthorizations()
+        self._gateways = Gateways()
+        self._waiting: dict[str, tuple[PacketBuffer, PacketBuffer]] = {}
+        self._candidates = CandidateOutbox()
+        self._portal_is_up = False
+        self._last_config: TunConfigChanged | None = None
+        self._transmits: deque[Transmit] = deque()
+        self._packets: deque[Packet] = deque()
+        self._events: deque[TunnelEvent] = deque()
+
+    # commands
+
+    def handle_portal_connected(self, now: float) -> None:
+        """The portal accepted our join: tell it what we can do, and all held candidates."""
+        self._portal_is_up = True
+        self._events.append(SendToPortal(messages.SetSnownetCapabilities(iceless=False)))
+        self._collect(now)
+
+    def handle_portal_disconnected(self, now: float) -> None:
+        """The portal is away; tunnels go on, candidates are held back."""
+        self._portal_is_up = False
+
+    def handle_portal_message(self, message: messages.Inbound, now: float) -> None:
+        """React to a message of the portal."""
+        match message:
+            case messages.Init():
+                self._init(message, now)
+            case messages.ConfigChanged(interface):
+                self._configure(interface)
+            case messages.ResourceCreatedOrUpdated(resource):
+                self._add_resource(resource, now)
+            case messages.ResourceDeleted(resource_id):
+                self._remove_resource(resource_id, now)
+            case messages.RelaysPresence():
+                self.node.update_relays(message.disconnected_ids, merge_relays(message.connected), now)
+            case messages.AuthorizationCreated():
+                self._authorize(message, now)
+            case messages.AuthorizationCreationFailed(resource_id, reason):
+                self._authorization_failed(resource_id, str(reason), now)
+            case messages.GatewayIceCandidates(gateway_id, candidates):
+                for line in candidates:
+                    self.node.add_remote_candidate(gateway_id, line, now)
+            case messages.InvalidateGatewayIceCandidates(gateway_id, candidates):
+                for line in candidates:
+                    self.node.remove_remote_candidate(gateway_id, line, now)
+            case _:
+                pass
+        self._collect(now)
+
+    def set_internet_resource(self, active: bool, now: float) -> None:
+        """Switch the internet resource on or off; remembered even before it exists."""
+        self.resources.set_internet_active(active)
+        self._announce_config()
+        self._collect(now)
+
+    def shutdown(self, now: float) -> None:
+        """Say goodbye to every peer."""
+        for gateway_id in self.node.peers:
+            self.node.close(gateway_id, control.Goodbye().build().data, now)
+        self._collect(now)
+
+    # packets
+
+    def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
+        """Take an IP packet of this host; the error, if any, concerns this packet alone."""
+        packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
+        if isinstance(packet, DropReason):
+            return self._drop(packet)
+        reason = self._route(packet, now)
+        return None if reason is None else self._drop(reason, packet.src, packet.dst)
+
+    def handle_network_input(
+        self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
+    ) -> PacketError | None:
+        """Take a UDP datagram; inner packets come out of `poll_packet`."""
+        received = self.node.handle_network_input(local, remote, datagram, now)
+        if received is None:
+            self._collect(now)
+            return None
+        if isinstance(received, DropReason):
+            self._collect(now)
+            return self._drop(received, remote, local)
+        gateway_id, plaintext = received
+        packet = Packet.parse_untrusted(plaintext)
+        if isinstance(packet, DropReason):
+            return self._drop(packet, remote, local)
+        reason = self._accept(gateway_id, packet, ecn, now)
+        return None if reason is None else self._drop(reason, remote, local)
+
+    # time and output
+
+    def handle_timeout(self, now: float) -> None:
+        """Run every timer that is due."""
+        self.node.handle_timeout(now)
+        self._collect(now)
+
+    def poll_timeout(self) -> tuple[float, str] | None:
+        """The next deadline and what it is for."""
+        due = self.node.poll_timeout()
+        return None if due is None else (due, "connections")
+
+    def poll_transmit(self) -> Transmit | None:
+        """A datagram to send."""
+        return self._transmits.popleft() if self._transmits else self.node.poll_transmit()
+
+    def poll_packet(self) -> Packet | None:
+        """An IP packet for the TUN device."""
+        return self._packets.popleft() if self._packets else None
+
+    def poll_event(self) -> TunnelEvent | None:
+        """Something the owner should act on or show."""
+        return self._events.popleft() if self._events else None
+
+    # TUN to network, in the order of §6.1
+
+    def _route(self, packet: Packet, now: float) -> DropReason | None:
+        dst = packet.dst
+        if is_multicast(dst):
+            return DropReason.MULTICAST
+        if self._interface is None:
+            return DropReason.NOT_CONFIGURED
+        if packet.src not in self._own_ips:
+            return DropReason.NOT_TUNNEL_SOURCE_IP
+        if dst in self._own_ips:
+            return DropReason.PACKET_TO_SELF
+        if dst in SENTINEL_RANGE:
+            return DropReason.UNMAPPED_SENTINEL
+        if not is_classifiable(packet):
+            return DropReason.UNSUPPORTED_PROTOCOL
+        gateway_id = self._gateways.by_tunnel_ip(dst)
+        if gateway_id is not None:
+            return self._send(gateway_id, packet, now, routed=False)
+        verdict = self.resources.route(dst, *outbound(packet))
+        if verdict is None:
+            return DropReason.UNKNOWN_RESOURCE
+        resource_id, allowed = verdict
+        if not allowed:
+            self._packets.append(build_icmp_prohibited(packet))
+            return None
+        gateway_id = self._gateways.serving(resource_id)
+        if gateway_id is None:
+            self._request(resource_id, packet, now)
+            return None
+        return self._send(gateway_id, packet, now, routed=True)
+
+    def _send(self, gateway_id: str, packet: Packet, now: float, *, routed: bool) -> DropReason | None:
+        waiting = self._waiting.get(gateway_id)
+        if waiting is not None:
+            waiting[0 if routed else 1].push(packet)
+            return None
+        sent = self.node.encapsulate(gateway_id, packet, packet.ecn, now)
+        if isinstance(sent, DropReason):
+            return sent
+        self._transmits.append(sent)
+        return None
+
+    def _request(self, resource_id: str, packet: Packet | None, now: float) -> None:
+        if self._pending.trigger(resource_id, packet, now):
+            preferred = self._gateways.preferred(resource_id)
+            self._events.append(SendToPortal(messages.RequestAuthorization(resource_id, preferred)))
+
+    # network to TUN, in the order of §6.2
+
+    def _accept(self, gateway_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None:
+        if packet.is_fz_control:
+            return self._handle_control(gateway_id, packet, now)
+        if packet.dst not in self._own_ips or not self._gateways.may_send(gateway_id, packet.src):
+            return DropReason.NOT_ALLOWED
+        if packet.is_icmp_error:
+            self._note_prohibition(gateway_id, packet, now)
+        if ecn:
+            packet.merge_ecn(ecn)
+        self._packets.append(packet)
+        return None
+
+    def _handle_control(self, gateway_id: str, packet: Packet, now: float) -> DropReason | None:
+        event = control.parse_untrusted(packet.control_event_type, packet.control_body)
+        if not isinstance(event, control.Goodbye):
+            return DropReason.BAD_CONTROL
+        self.node.remove(gateway_id)
+        self._forget_gateway(gateway_id, "the gateway said goodbye")
+        self._collect(now)
+        return None
+
+    def _note_prohibition(self, gateway_id: str, packet: Packet, now: float) -> None:
+        """A gateway refuses what we thought allowed: ask the portal again, at most every 2 s per resource."""
+        error = packet.icmp_error()
+        if error is None or isinstance(error, DropReason) or not error.is_prohibited:
+            return
+        verdict = self.resources.route(error.dst, error.protocol, error.dst_port)
+        if verdict is None or not verdict[1] or self._gateways.serving(verdict[0]) != gateway_id:
+            return
+        self._gateways.revoke(verdict[0])
+        self._request(verdict[0], None, now)
+
+    # portal messages
+
+    def _init(self, message: messages.Init, now: float) -> None:
+        wanted = {resource.id for resource in message.resources}
+        for resource_id in self.resources.ids - wanted:
+            self._remove_resource(resource_id, now)
+        self.node.update_relays((), merge_relays(message.relays), now)
+        for resource in message.resources:
+            self._add_resource(resource, now)
+        self._configure(message.interface)
+
+    def _configure(self, interface: Interface) -> None:
+        self._interface = interface
+        self._own_ips = (interface.ipv4.packed, interface.ipv6.packed)
+        self._announce_config()
+
+    def _announce_config(self) -> None:
+        if self._interface is None:
+            return
+        config = TunConfigChanged(
+            self._interface.ipv4, self._interface.ipv6, self.resources.routes(), self._interface.search_domain
+        )
+        if config != self._last_config:
+            self._last_config = config
+            self._events.append(config)
+
+    def _add_resource(self, resource: object, now: float) -> None:
+        change = self.resources.upsert(resource)
+        if change.replaced is not None:
+            self._release_resource(change.replaced, now)
+        if change.added is not None:
+            self._events.append(ResourceActivated(change.added.id, change.added.name, change.added.address))
+        self._announce_config()
+
+    def _remove_resource(self, resource_id: str, now: float) -> None:
+        removed = self.resources.remove(resource_id)
+        if removed is not None:
+            self._release_resource(resource_id, now)
+            self._events.append(ResourceDeactivated(resource_id, removed.name))
+            self._announce_config()
+
+    def _release_resource(self, resource_id: str, now: float) -> None:
+        self._pending.drop(resource_id)
+        idle_gateway = self._gateways.revoke(resource_id)
+        if idle_gateway is not None:
+            self.node.close(idle_gateway, control.Goodbye().build().data, now)
+            self._forget_gateway(idle_gateway, "its last resource is gone")
+
+    def _authorize(self, message: messages.AuthorizationCreated, now: float) -> None:
+        resource = self.resources.get(message.resource_id)
+        packets = self._pending.resolve(message.resource_id) if resource else None
+        if resource is None or packets is None:
+            return
+        parameters = Parameters(
+            message.gateway_public_key,
+            message.preshared_key,
+            Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
+            Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
+            controlling=True,
+            iceless=message.use_iceless,
+        )
+        try:
+            self.node.upsert_connection(message.gateway_id, parameters, now, CLIENT_PROFILES)
+        except NoRelays:
+            self._events.append(SendToPortal(messages.NoRelays()))
+            return
+        self._gateways.authorize(
+            message.gateway_id,
+            (message.gateway_ipv4.packed, message.gateway_ipv6.packed),
+            resource.id,
+            self.resources.networks_of(resource.id),
+        )
+        if not self.node.is_ready(message.gateway_id):
+            self._waiting.setdefault(
+                message.gateway_id, (PacketBuffer(CONNECTION_BUFFER), PacketBuffer(CONNECTION_BUFFER))
+            )
+        self._replay(packets, now)
+
+    def _authorization_failed(self, resource_id: str, reason: str, now: float) -> None:
+        self._events.append(ResourceOffline(resource_id, reason))
+        if reason == "offline":
+            self._pending.drop(resource_id)
+
+    # what the node reports
+
+    def _collect(self, now: float) -> None:
+        while (event := self.node.poll_event()) is not None:
+            match event:
+                case node_events.CandidateAdded(peer_id, candidate):
+                    self._candidates.add(peer_id, candidate)
+                case node_events.CandidateRemoved(peer_id, candidate):
+                    self._candidates.remove(peer_id, candidate)
+                case node_events.ConnectionEstablished(peer_id):
+                    self._events.append(ConnectionUp(peer_id))
+                    self._flush_waiting(peer_id, now)
+                case node_events.PathChanged(peer_id, local, remote, relayed):
+                    self._events.append(PathInUse(peer_id, local, remote, relayed))
+                case node_events.ConnectionFailed(peer_id, reason):
+                    self._forget_gateway(peer_id, reason)
+                case node_events.ConnectionClosed(peer_id):
+                    self._forget_gateway(peer_id, "closed")
+                case node_events.RelaysExhausted():
+                    self._events.append(SendToPortal(messages.NoRelays()))
+        if self._portal_is_up:
+            for batch in self._candidates.release():
+                if batch.added:
+                    self._events.append(SendToPortal(messages.NewGatewayIceCandidates(batch.peer_id, batch.added)))
+                if batch.removed:
+                    withdrawn = messages.WithdrawGatewayIceCandidates(batch.peer_id, batch.removed)
+                    self._events.append(SendToPortal(withdrawn))
+
+    def _flush_waiting(self, gateway_id: str, now: float) -> None:
+        waiting = self._waiting.pop(gateway_id, None)
+        if waiting is not None:
+            self._replay(waiting[0].drain(), now)
+            for packet in waiting[1].drain():
+                self._send(gateway_id, packet, now, routed=False)
+
+    def _replay(self, packets: list[Packet], now: float) -> None:
+        for packet in packets:
+            reason = self._route(packet, now)
+            if reason is not None:
+                self._drop(reason)
+
+    def _forget_gateway(self, gateway_id: str, reason: str) -> None:
+        self._candidates.forget(gateway_id)
+        self._waiting.pop(gateway_id, None)
+        if self._gateways.forget(gateway_id):
+            self._events.append(ConnectionDown(gateway_id, reason))
+
+    def _drop(self, reason: DropReason, source: object = None, destination: object = None) -> PacketError | None:
+        self.drops.add(reason)
+        if reason is DropReason.MULTICAST or reason is DropReason.UNMAPPED_SENTINEL:
+            return None
+        return PacketError(reason, source, destination)

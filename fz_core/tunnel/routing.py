@@ -1,0 +1,93 @@
+"""Best entry for an address and a kind of traffic (`spec/tunnel.md` §5).
+
+An entry whose filter allows the traffic beats one that does not; then the higher rank (DNS name
+specificity), the longer prefix, the higher resource id. The best entry is returned even when its
+filter denies, so that the caller can name the resource that refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fz_core.tunnel.filters import FilterSet
+from fz_core.tunnel.ranges import Network
+
+CACHE_SIZE = 1024
+
+
+class Route(NamedTuple):
+    """One network of one resource."""
+
+    network: Network
+    resource_id: str
+    filters: FilterSet
+    rank: tuple[int, ...] = ()
+
+
+class Verdict(NamedTuple):
+    """The chosen route and whether its filter lets the traffic pass."""
+
+    route: Route
+    allowed: bool
+
+
+class RoutingTable:
+    """Routes by prefix; lookups cost one dict access per distinct prefix length, or one when cached."""
+
+    def __init__(self) -> None:
+        self._routes: dict[tuple[int, int], dict[int, list[Route]]] = {}
+        self._cache: dict[tuple[bytes, int, int], Verdict | None] = {}
+
+    def add(self, route: Route) -> None:
+        """Insert a route; one with the same network and resource is replaced."""
+        self.remove(lambda r: r.resource_id == route.resource_id and r.network == route.network)
+        bucket = self._routes.setdefault((len(route.network.network_address.packed), route.network.prefixlen), {})
+        bucket.setdefault(int(route.network.network_address), []).append(route)
+
+    def remove(self, condition: Callable[[Route], bool]) -> None:
+        """Drop every route the condition holds for."""
+        self._cache.clear()
+        for key, bucket in list(self._routes.items()):
+            for prefix, routes in list(bucket.items()):
+                routes[:] = [r for r in routes if not condition(r)]
+                if not routes:
+                    del bucket[prefix]
+            if not bucket:
+                del self._routes[key]
+
+    def remove_resource(self, resource_id: str) -> None:
+        """Drop every route of one resource."""
+        self.remove(lambda r: r.resource_id == resource_id)
+
+    def networks(self) -> set[Network]:
+        """All networks, each once."""
+        return {r.network for bucket in self._routes.values() for routes in bucket.values() for r in routes}
+
+    def lookup(self, ip: bytes, protocol: int, port: int) -> Verdict | None:
+        """The best route for traffic of this protocol and port with this address, or None."""
+        key = (ip, protocol, port)
+        try:
+            return self._cache[key]
+        except KeyError:
+            pass
+        found = self._best(ip, protocol, port)
+        if len(self._cache) >= CACHE_SIZE:
+            del self._cache[next(iter(self._cache))]
+        self._cache[key] = found
+        return found
+
+    def _best(self, ip: bytes, protocol: int, port: int) -> Verdict | None:
+        size, number = len(ip), int.from_bytes(ip, "big")
+        best: Verdict | None = None
+        best_key: tuple[object, ...] = ()
+        for (family, length), bucket in self._routes.items():
+            if family != size:
+                continue
+            shift = size * 8 - length
+            for route in bucket.get(number >> shift << shift, ()):
+                allowed = route.filters.allows(protocol, port)
+                key = (allowed, route.rank, length, route.resource_id)
+                if best is None or key > best_key:
+                    best, best_key = Verdict(route, allowed), key
+        return best

@@ -1,0 +1,1 @@
+"""firezone-gateway: arguments and wiring, nothing else."""

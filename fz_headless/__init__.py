@@ -1,0 +1,1 @@
+"""firezone-headless-client: arguments and wiring, nothing else."""
