@@ -108,7 +108,8 @@ def test_no_payload_is_lost_and_each_connection_keeps_its_order(
 
 
 def test_single_packets_pass_unchanged_under_a_zero_header() -> None:
-    packets = [packet_of(4, TCP, b"abc"), packet_of(6, UDP, b"def"), build_echo(ADDRESSES[4][0], ADDRESSES[4][1], 1)]
+    src, dst = ADDRESSES[4]
+    packets = [packet_of(4, TCP, b"abc"), packet_of(6, UDP, b"def"), build_echo(src, dst, 1)]
     assert coalesce(packets) == [NO_OFFLOAD + p.data for p in packets]
 
 
