@@ -20,7 +20,6 @@ cdef class GsoBatch:
     cdef Py_ssize_t length     # bytes committed, sent ones included
     cdef Py_ssize_t _limit     # bytes it may reach
     cdef int segment_size
-    cdef bint _sealed
     cdef object remote
     cdef object local
     cdef object ecn

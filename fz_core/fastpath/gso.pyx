@@ -59,7 +59,6 @@ cdef class GsoBatch:
             self._pool.give(self._memory)
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        self._sealed = True  # what someone looks at no longer changes
         PyBuffer_FillInfo(view, self, self._memory + self._start, self.length - self._start, 1, flags)
 
     def __len__(self):
@@ -170,8 +169,6 @@ cdef object append_memory(
 
 cdef inline bint has_room(GsoBatch batch, Py_ssize_t size) noexcept:
     """True proves length + size <= BUFFER_SIZE: `set_limit` keeps _limit below it."""
-    if batch._sealed:
-        return False
     if batch.length == 0:  # an abandoned reservation: begin again with this size
         set_limit(batch, size)
         return True
@@ -214,8 +211,7 @@ cdef inline Py_ssize_t headers_of(object remote) noexcept:
 
 
 cdef int seal(GsoQueue self, GsoBatch batch) except -1:
-    """Nothing more may join the batch."""
-    batch._sealed = True
+    """Nothing more may join the batch: what a sender looks at no longer changes."""
     if self._recent.get(batch._key) is batch:
         del self._recent[batch._key]
     if self._latest is batch:

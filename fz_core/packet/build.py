@@ -14,9 +14,7 @@ from fz_core.packet.packet import Packet
 ICMP, TCP, UDP, ICMPV6, FZ_CONTROL = 1, 6, 17, 58, 255
 
 
-def build_udp(
-    src: bytes, dst: bytes, src_port: int, dst_port: int, payload: bytes = b"", *, ttl: int = 64
-) -> Packet:
+def build_udp(src: bytes, dst: bytes, src_port: int, dst_port: int, payload: bytes = b"", *, ttl: int = 64) -> Packet:
     """A UDP packet."""
     header = pack("!HHHH", src_port, dst_port, 8 + len(payload), 0)
     return build_ip(src, dst, UDP, header + payload, ttl=ttl)
@@ -53,9 +51,7 @@ def build_echo(
     return build_icmp(src, dst, 129 if reply else 128, 0, pack("!HH", identifier, sequence) + payload)
 
 
-def build_icmp(
-    src: bytes, dst: bytes, icmp_type: int, icmp_code: int, rest: bytes, *, ttl: int = 64
-) -> Packet:
+def build_icmp(src: bytes, dst: bytes, icmp_type: int, icmp_code: int, rest: bytes, *, ttl: int = 64) -> Packet:
     """Any ICMP or ICMPv6 message; `rest` is everything after the checksum, 4 bytes or more."""
     protocol = ICMP if len(src) == 4 else ICMPV6
     return build_ip(src, dst, protocol, pack("!BBH", icmp_type, icmp_code, 0) + rest, ttl=ttl)

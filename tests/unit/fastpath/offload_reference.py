@@ -68,9 +68,7 @@ def train(
     for i, size in enumerate(sizes):
         payload = bytes((i * 7 + k) % 251 for k in range(size))
         flags = last_flags if i == len(sizes) - 1 else ACK
-        packets.append(
-            packet_of(version, protocol, payload, seq=seq, flags=flags, ident=ident + i, options=options)
-        )
+        packets.append(packet_of(version, protocol, payload, seq=seq, flags=flags, ident=ident + i, options=options))
         seq += size
     return packets
 

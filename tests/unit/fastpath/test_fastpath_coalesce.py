@@ -224,6 +224,17 @@ def test_a_run_is_never_resumed_behind_a_packet_of_its_connection() -> None:
     assert len(coalesce([FIRST4, reset, NEXT4])) == 3
 
 
+def test_not_even_when_another_connection_comes_between() -> None:
+    reset = packet_of(4, TCP, b"", seq=100, flags=0x04)
+    assert len(coalesce([FIRST4, reset, FIRST6, NEXT4])) == 4
+
+
+def test_a_push_inside_a_train_closes_the_run() -> None:
+    pushed = packet_of(4, TCP, b"b" * 100, seq=100, flags=ACK | PSH)
+    after = packet_of(4, TCP, b"c" * 100, seq=200)
+    assert [len(w) for w in coalesce([FIRST4, pushed, after])] == [10 + 40 + 200, 10 + 40 + 100]
+
+
 def test_other_connections_do_not_interrupt_a_run() -> None:
     other = packet_of(4, UDP, b"x")
     writes = coalesce([FIRST4, other, FIRST6, NEXT4, NEXT6])

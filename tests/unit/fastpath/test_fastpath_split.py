@@ -171,9 +171,7 @@ def test_fragmented_segments_are_counted_one_by_one() -> None:
 
 
 @given(st.sampled_from(KINDS), st.integers(1, 1200), st.integers(1, 30), st.data())
-def test_any_in_order_train_survives(
-    kind: tuple[int, int], size: int, count: int, data: st.DataObject
-) -> None:
+def test_any_in_order_train_survives(kind: tuple[int, int], size: int, count: int, data: st.DataObject) -> None:
     count = min(count, (65535 - 60) // size)
     sizes = [size] * count + [data.draw(st.integers(1, size))]
     version, protocol = kind

@@ -32,9 +32,7 @@ def packets(draw: st.DrawFn) -> Packet:
     elif kind == "echo":
         packet = build_echo(src, dst, draw(ports), draw(ports), payload, reply=draw(st.booleans()))
     elif kind == "icmp":
-        packet = build_icmp(
-            src, dst, draw(st.integers(0, 255)), draw(st.integers(0, 255)), bytes(4) + payload
-        )
+        packet = build_icmp(src, dst, draw(st.integers(0, 255)), draw(st.integers(0, 255)), bytes(4) + payload)
     else:
         packet = build_ip(src, dst, draw(st.sampled_from([2, 47, 50, 51, 132])), payload)
     return widen(packet, draw(st.integers(0, 3)))

@@ -78,9 +78,7 @@ def test_no_packet_at_all(data: bytes) -> None:
     assert Packet.parse_untrusted(data) is MALFORMED
 
 
-@pytest.mark.parametrize(
-    "packet", [build_udp(A4, B4, 1, 2, b"abc"), build_tcp(A6, B6, 1, 2, 16, 0, 0, b"abc")]
-)
+@pytest.mark.parametrize("packet", [build_udp(A4, B4, 1, 2, b"abc"), build_tcp(A6, B6, 1, 2, 16, 0, 0, b"abc")])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_length_field_must_equal_the_byte_count(packet: Packet, change: int) -> None:
     raw = packet.data[:-1] if change < 0 else packet.data + b"\0"
@@ -115,9 +113,7 @@ def test_ipv4_fragments_are_refused(flags: int) -> None:
 
 @pytest.mark.parametrize("flags", [0x4000, 0x8000])
 def test_other_ipv4_flags_are_no_fragment(flags: int) -> None:
-    assert isinstance(
-        Packet.parse_untrusted(with_bytes(build_udp(A4, B4, 1, 2), 6, pack("!H", flags))), Packet
-    )
+    assert isinstance(Packet.parse_untrusted(with_bytes(build_udp(A4, B4, 1, 2), 6, pack("!H", flags))), Packet)
 
 
 def v6_with_headers(*headers: tuple[int, bytes], then: int, l4: bytes) -> bytes:
@@ -134,9 +130,7 @@ def test_ipv6_fragments() -> None:
     for offset_and_flags in (0x0001, 0x0008, 0xFFF8):
         rest = b"\0" + pack("!HI", offset_and_flags, 99)
         assert Packet.parse_untrusted(v6_with_headers((44, rest), then=17, l4=UDP_BYTES)) is FRAGMENTED
-    atomic = Packet.parse_untrusted(
-        v6_with_headers((44, b"\xff" + pack("!HI", 0x0006, 99)), then=17, l4=UDP_BYTES)
-    )
+    atomic = Packet.parse_untrusted(v6_with_headers((44, b"\xff" + pack("!HI", 0x0006, 99)), then=17, l4=UDP_BYTES))
     assert isinstance(atomic, Packet)
     assert (atomic.protocol, atomic.src_port, atomic.dst_port) == (17, 7, 9)
 
