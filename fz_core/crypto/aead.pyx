@@ -90,7 +90,8 @@ def xaead_open(bytes key not None, bytes nonce not None, bytes ciphertext not No
 
 cdef void seal_into(
     uint8_t *out, const uint8_t *plaintext, Py_ssize_t length,
-    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key) noexcept nogil:
+    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
+) noexcept nogil:
     cdef uint8_t nonce[NONCE_LENGTH]
     _write_nonce(nonce, counter)
     sodium.crypto_aead_chacha20poly1305_ietf_encrypt(
@@ -99,7 +100,8 @@ cdef void seal_into(
 
 cdef int open_into(
     uint8_t *out, const uint8_t *ciphertext, Py_ssize_t length,
-    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key) noexcept nogil:
+    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
+) noexcept nogil:
     cdef uint8_t nonce[NONCE_LENGTH]
     _write_nonce(nonce, counter)
     return sodium.crypto_aead_chacha20poly1305_ietf_decrypt(

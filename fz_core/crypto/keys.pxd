@@ -3,6 +3,7 @@
 cimport cython
 from libc.stdint cimport uint8_t
 
+
 @cython.final
 cdef class PrivateKey:
     cdef uint8_t _scalar[32]

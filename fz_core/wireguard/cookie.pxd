@@ -6,6 +6,7 @@ cdef bytes mac1_key(bytes public_key)
 cdef bytes cookie_key(bytes public_key)
 cdef bint same(bytes a, bytes b) noexcept
 
+
 @cython.final
 cdef class CookieJar:
     cdef bytes _mac1_key

@@ -1,2 +1,5 @@
+from typing import final
+
+@final
 class CookieJar:
     def __init__(self, peer_public_key: bytes) -> None: ...

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 """mac1 and mac2 on what we send, and the cookie a peer under load asks for (paper sections 5.4.4 and 5.4.7).
 
 Cookie reply: type 4, receiver index 4, nonce 24, encrypted cookie 32. Checking what others send is `rate_limit`.

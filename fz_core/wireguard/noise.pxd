@@ -6,6 +6,7 @@ from libc.stdint cimport uint32_t
 from fz_core.crypto.keys cimport PrivateKey
 from fz_core.wireguard.session cimport Session
 
+
 @cython.final
 cdef class Identity:
     """Both static keys and what they share; fixed for the life of a tunnel."""
@@ -13,6 +14,7 @@ cdef class Identity:
     cdef bytes peer_public_key
     cdef bytes static_shared
     cdef bytes preshared_key
+
 
 @cython.final
 cdef class Initiation:
@@ -23,6 +25,7 @@ cdef class Initiation:
     cdef bytes hash
     cdef bytes message
 
+
 @cython.final
 cdef class Received:
     """An authenticated initiation, ready to be answered."""
@@ -31,6 +34,7 @@ cdef class Received:
     cdef bytes chain
     cdef bytes hash
     cdef bytes timestamp
+
 
 @cython.final
 cdef class Answer:

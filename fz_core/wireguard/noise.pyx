@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 """The handshake of WireGuard: Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s (paper sections 5.4.2, 5.4.3, 5.4.5).
 
 Not here: mac1, mac2 and cookies (`cookie`), replay of timestamps and retries (`tunnel`, `timers`).
@@ -25,7 +26,10 @@ cdef bytes _HASH = blake2s(_CHAIN + _IDENTIFIER)
 
 
 def initiator_static_key_untrusted(private_key, datagram):
-    """The public key an initiation claims to come from, or None. Proven only by the tunnel's own check."""
+    """The public key an initiation claims to come from, or None. Proven only by the tunnel's own check.
+
+    Costs a key agreement, so let `RateLimiter.verify_untrusted` see the datagram first.
+    """
     message = bytes(datagram)
     if len(message) != INITIATION_LENGTH or message[:4] != b"\x01\0\0\0":
         return None

@@ -1,3 +1,7 @@
+cimport cython
+
+
+@cython.final
 cdef class RateLimiter:
     cdef bytes _mac1_key
     cdef bytes _cookie_key

@@ -1,8 +1,10 @@
 from collections.abc import Callable
+from typing import final
 
 from fz_core.crypto import PrivateKey
 from fz_core.packet import DropReason
 
+@final
 class RateLimiter:
     def __init__(
         self,
@@ -13,6 +15,4 @@ class RateLimiter:
     ) -> None: ...
     @property
     def limit(self) -> int: ...
-    def verify_untrusted(
-        self, datagram: bytes, source_ip: bytes | None, now: float
-    ) -> DropReason | bytes | None: ...
+    def verify_untrusted(self, datagram: bytes, source_ip: bytes | None, now: float) -> DropReason | bytes | None: ...

@@ -1,4 +1,7 @@
-"""What a responder checks before any public-key work: mac1 always, mac2 under load (paper section 5.3, spec section 6.4).
+# cython: auto_pickle=False
+"""What a responder checks before any public-key work: mac1 always, mac2 under load.
+
+Sources: WireGuard paper section 5.3, spec/connectivity.md section 6.4.
 
 One limiter serves all tunnels of a key. Under load is the 101st valid-mac1 handshake message of a window of at
 least one second; the window restarts on the first message after its end. Cookies bind to the source IP alone.

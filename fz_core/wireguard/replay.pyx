@@ -1,12 +1,15 @@
+# cython: auto_pickle=False
 """The anti-replay window (WireGuard paper section 5.4.6, RFC 6479): the last 8192 counters.
 
 The work is done by the inline functions of `replay.pxd`; this is their Python face, for tests and tools.
 """
 
+cimport cython
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
 
+@cython.final
 cdef class Window:
     """A replay window on its own."""
 

@@ -1,7 +1,8 @@
 # One session: keys, counters and replay window in a C struct, sealed and opened without the GIL.
 #
-# For a pump: hold a reference to the Session, use `&session.state`, and serialise calls on it
-# (they change counters and the window). Timers are fed through `timers.pxd`.
+# For a pump: hold a reference to the Session and use `&session.state`. Sealing and opening may run in
+# several threads at once: a counter is taken atomically, so no nonce is used twice, and the window is
+# changed under a lock of a few instructions. Timers are fed through `timers.pxd`.
 
 cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -17,11 +18,12 @@ cdef enum:
 ctypedef struct SessionState:
     uint8_t send_key[32]
     uint8_t receive_key[32]
-    uint64_t send_counter
+    uint64_t send_counter      # taken with an atomic add
     uint32_t local_index       # what the peer puts in its datagrams to us
     uint32_t remote_index
     bint data_sent             # something other than keep-alives
     bint data_received
+    char lock                  # guards `replay`
     ReplayWindow replay
 
 # Writes DATA_OVERHEAD + length bytes to `out` and returns that count, or EXHAUSTED. The plaintext
@@ -37,6 +39,7 @@ cdef Py_ssize_t session_open(
 
 # The length of the IP packet at the start of decrypted bytes, without padding, or NOT_IP.
 cdef Py_ssize_t inner_length(const uint8_t *plaintext, Py_ssize_t length) noexcept nogil
+
 
 @cython.final
 cdef class Session:

@@ -2,6 +2,7 @@ from typing import NoReturn, final
 
 @final
 class Session:
+    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
     @property
     def established_at(self) -> float: ...
     @property

@@ -13,6 +13,19 @@ from fz_core.crypto.sodium cimport sodium_memzero
 from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD, MESSAGE_DATA
 from fz_core.wireguard.replay cimport replay_is_fresh, replay_mark
 
+cdef extern from *:
+    """
+    #include <sched.h>
+    #define fz_load(counter) __atomic_load_n(counter, __ATOMIC_RELAXED)
+    #define fz_take(counter) __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)
+    #define fz_acquire(lock) while (__atomic_test_and_set(lock, __ATOMIC_ACQUIRE)) sched_yield()
+    #define fz_release(lock) __atomic_clear(lock, __ATOMIC_RELEASE)
+    """
+    uint64_t fz_load(uint64_t *counter) noexcept nogil
+    uint64_t fz_take(uint64_t *counter) noexcept nogil
+    void fz_acquire(char *lock) noexcept nogil
+    void fz_release(char *lock) noexcept nogil
+
 cdef uint64_t REJECT_AFTER_MESSAGES = <uint64_t>0xFFFFFFFFFFFFDFFF
 
 
@@ -22,7 +35,7 @@ cdef class Session:
     def __cinit__(self):
         memset(&self.state, 0, sizeof(self.state))
 
-    def __init__(self):
+    def __init__(self, *args, **kwargs):
         raise TypeError("sessions are made by a handshake")
 
     def __dealloc__(self):
@@ -36,7 +49,8 @@ cdef class Session:
 
 
 cdef Session new_session(
-    bytes send_key, bytes receive_key, uint32_t local_index, uint32_t remote_index, bint is_initiator):
+    bytes send_key, bytes receive_key, uint32_t local_index, uint32_t remote_index, bint is_initiator
+):
     cdef Session session = Session.__new__(Session)
     memcpy(session.state.send_key, PyBytes_AS_STRING(send_key), 32)
     memcpy(session.state.receive_key, PyBytes_AS_STRING(receive_key), 32)
@@ -47,11 +61,12 @@ cdef Session new_session(
 
 
 cdef Py_ssize_t session_seal(
-    SessionState *state, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out) noexcept nogil:
-    cdef uint64_t counter = state.send_counter
-    if counter >= REJECT_AFTER_MESSAGES:
+    SessionState *state, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out
+) noexcept nogil:
+    cdef uint64_t counter
+    if fz_load(&state.send_counter) >= REJECT_AFTER_MESSAGES:
         return EXHAUSTED
-    state.send_counter = counter + 1
+    counter = fz_take(&state.send_counter)
     _write_u32(out, MESSAGE_DATA)
     _write_u32(out + 4, state.remote_index)
     _write_u32(out + 8, <uint32_t>counter)
@@ -63,14 +78,24 @@ cdef Py_ssize_t session_seal(
 
 
 cdef Py_ssize_t session_open(
-    SessionState *state, const uint8_t *datagram, Py_ssize_t length, uint8_t *out) noexcept nogil:
+    SessionState *state, const uint8_t *datagram, Py_ssize_t length, uint8_t *out
+) noexcept nogil:
     cdef uint64_t counter = _read_u32(datagram + 8) | (<uint64_t>_read_u32(datagram + 12) << 32)
+    cdef bint is_fresh, failed
+    # A first look without the lock spares decrypting most replays; the one below decides.
     if not replay_is_fresh(&state.replay, counter):
         return REPLAYED
-    if open_into(
-        out, datagram + DATA_HEADER_LENGTH, length - DATA_HEADER_LENGTH, NULL, 0, counter, state.receive_key) != 0:
+    failed = open_into(
+        out, datagram + DATA_HEADER_LENGTH, length - DATA_HEADER_LENGTH, NULL, 0, counter, state.receive_key)
+    if failed != 0:
         return FORGED
-    replay_mark(&state.replay, counter)
+    fz_acquire(&state.lock)
+    is_fresh = replay_is_fresh(&state.replay, counter)
+    if is_fresh:
+        replay_mark(&state.replay, counter)
+    fz_release(&state.lock)
+    if not is_fresh:
+        return REPLAYED
     if length > DATA_OVERHEAD:
         state.data_received = True
     return length - DATA_OVERHEAD

@@ -9,7 +9,7 @@ ctypedef struct Traffic:
     double sent_at              # last authenticated datagram of any kind; -INFINITY for never
     double received_at
     double unanswered_since     # first data packet sent after the last receipt; INFINITY for none
-    double unacknowledged_since # first data packet received after the last sending; INFINITY for none
+    double unacknowledged_since  # first data packet received after the last sending; INFINITY for none
 
 cdef enum Action:
     NOTHING

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 """The timers of one tunnel: from its state to one next action and its time (paper section 6, spec section 6.3).
 
 Nothing is armed or cancelled: the deadline is computed from what last happened. Exactly one regime counts at a time:

@@ -1,5 +1,7 @@
-# One peer. For a pump: `current` is the session to send on, `session_of` the one to open with,
-# `timers.traffic` what both must keep true through traffic_sent and traffic_received.
+# One peer. For a pump: `current` is the session to send on, `session_of` the one to open with, if it
+# is confirmed (the first packet of an unconfirmed one changes the tunnel: leave it to
+# `handle_untrusted`); `timers.traffic` is what both must keep true through traffic_sent and
+# traffic_received. Deadlines follow from it, so ask `poll_timeout` again now and then.
 
 cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -12,6 +14,7 @@ from fz_core.wireguard.timers cimport Timers
 
 cdef enum:
     RING = 8
+
 
 @cython.final
 cdef class Tunnel:
@@ -42,7 +45,7 @@ cdef class Tunnel:
     cdef object _seal_without_session(self, object packet, double now)
     cdef bytes _seal(self, const uint8_t *plaintext, Py_ssize_t length, double now)
     cdef object _open(self, const uint8_t *datagram, Py_ssize_t length, double now)
-    cdef object _handle_handshake(self, bytes datagram, object source_ip, double now)
+    cdef object _handle_handshake(self, bytes datagram, object source_ip, double now, bint is_verified)
     cdef object _handle_initiation(self, bytes datagram, double now)
     cdef object _handle_response(self, bytes datagram, double now)
     cdef void _confirm(self, Session session, double now)

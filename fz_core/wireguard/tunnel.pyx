@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 """One WireGuard tunnel to one peer: handshakes, the ring of sessions, data, timers.
 
     tunnel = Tunnel(private_key, peer_public_key, preshared_key, index_base, now, unix_epoch, random_bytes)
@@ -109,7 +110,7 @@ cdef class Tunnel:
         self.timers.created_at = now
         if persistent_keepalive is not None:
             if persistent_keepalive <= 0:
-                raise ValueError(f"a persistent keep-alive of {persistent_keepalive} s is not positive, use None for off")
+                raise ValueError(f"persistent keep-alive {persistent_keepalive} s is not positive: use None for off")
             self.timers.persistent_keepalive = persistent_keepalive
 
     def __repr__(self):
@@ -198,8 +199,11 @@ cdef class Tunnel:
         finally:
             PyBuffer_Release(&view)
 
-    def handle_untrusted(self, datagram, source_ip, double now):
-        """The inner packet (b"" for a keep-alive), None for a handshake message taken, or a DropReason."""
+    def handle_untrusted(self, datagram, source_ip, double now, bint is_verified=False):
+        """The inner packet (b"" for a keep-alive), None for a handshake message taken, or a DropReason.
+
+        `is_verified` says that the caller has already put an initiation or response through the limiter.
+        """
         cdef Py_buffer view
         cdef const uint8_t *data
         PyObject_GetBuffer(datagram, &view, PyBUF_SIMPLE)
@@ -211,7 +215,7 @@ cdef class Tunnel:
                 return self._open(data, view.len, now)
             return self._handle_handshake(
                 PyBytes_FromStringAndSize(<const char *>data, view.len) if view.len <= INITIATION_LENGTH else b"",
-                source_ip, now)
+                source_ip, now, is_verified)
         finally:
             PyBuffer_Release(&view)
 
@@ -312,14 +316,14 @@ cdef class Tunnel:
         cdef Session session = self._sessions[local_index % RING]
         return session if session is not None and session.state.local_index == local_index else None
 
-    cdef object _handle_handshake(self, bytes datagram, object source_ip, double now):
+    cdef object _handle_handshake(self, bytes datagram, object source_ip, double now, bint is_verified):
         length = len(datagram)
         kind = datagram[0] if length else 0
         if kind == MESSAGE_COOKIE and length == COOKIE_LENGTH:
             return None if self._jar.accept_untrusted(datagram, now) else WG_BAD_COOKIE
         if (kind, length) not in ((MESSAGE_INITIATION, INITIATION_LENGTH), (MESSAGE_RESPONSE, RESPONSE_LENGTH)):
             return WG_MALFORMED
-        verdict = self._limiter.verify_untrusted(datagram, source_ip, now)
+        verdict = None if is_verified else self._limiter.verify_untrusted(datagram, source_ip, now)
         if isinstance(verdict, DropReason):
             return verdict
         if verdict is not None:

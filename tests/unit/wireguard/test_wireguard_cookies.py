@@ -108,6 +108,13 @@ def test_the_hundred_and_first_message_is_too_many_and_time_alone_heals() -> Non
     assert limiter.verify_untrusted(message, b"\x01\x02\x03\x04", 1.0) is None
 
 
+def test_a_message_the_caller_verified_is_not_counted_again() -> None:
+    pair = Pair(limit=0)
+    message = initiation_of(pair)
+    assert pair.b.tunnel.handle_untrusted(message, pair.a.source_ip, pair.now, True) is None
+    assert [d[0] for d in iter(pair.b.tunnel.poll_datagram, None)] == [2]
+
+
 def test_only_valid_mac1_counts() -> None:
     pair = Pair()
     limiter = RateLimiter(bytes(pair.keys[1]), 0.0, pair.random.randbytes, limit=1)

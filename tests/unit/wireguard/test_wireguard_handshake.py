@@ -118,9 +118,7 @@ def test_a_stranger_is_refused() -> None:
 
 def test_an_initiation_to_another_key_has_a_wrong_mac1() -> None:
     pair = Pair()
-    misled = Tunnel(
-        pair.keys[0], PrivateKey(b"\x08" * 32).public, PSK, 1, pair.now, UNIX_EPOCH, pair.random.randbytes
-    )
+    misled = Tunnel(pair.keys[0], PrivateKey(b"\x08" * 32).public, PSK, 1, pair.now, UNIX_EPOCH, pair.random.randbytes)
     misled.start_handshake(pair.now)
     initiation = misled.poll_datagram()
     assert initiation is not None
@@ -227,9 +225,7 @@ def test_a_changed_field_is_noticed_with_valid_macs_too() -> None:
     assert pair.b.tunnel.poll_datagram() is None
 
 
-@pytest.mark.parametrize(
-    "length", [0, 1, 3, 4, 16, 31, 32, 63, 64, 65, 91, 92, 93, 147, 148, 149, 1500, 65535]
-)
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 16, 31, 32, 63, 64, 65, 91, 92, 93, 147, 148, 149, 1500, 65535])
 @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 255])
 def test_any_garbage_is_a_drop(kind: int, length: int) -> None:
     pair = Pair().connect()

@@ -40,9 +40,7 @@ class End:
 class Pair:
     """`a` and `b`, and a wire between them that `lossy` may cut."""
 
-    def __init__(
-        self, start: float = 1000.0, psk_b: bytes = PSK, limit: int = 100, **options: object
-    ) -> None:
+    def __init__(self, start: float = 1000.0, psk_b: bytes = PSK, limit: int = 100, **options: object) -> None:
         self.now = start
         self.lossy: Callable[[End, bytes], bool] = lambda sender, datagram: False
         self.random = random.Random(SEED)
@@ -110,9 +108,7 @@ class Pair:
         return None
 
     def next_deadline(self) -> float | None:
-        return min(
-            (at for end in (self.a, self.b) if (at := end.tunnel.poll_timeout()) is not None), default=None
-        )
+        return min((at for end in (self.a, self.b) if (at := end.tunnel.poll_timeout()) is not None), default=None)
 
     def step(self) -> bool:
         """Jump to the next deadline, if there is one."""
