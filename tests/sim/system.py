@@ -1,0 +1,402 @@
+"""Client, gateway, relay and portal cores on a simulated network.
+
+`SimPortal` hands out access like a portal does (receiver first, candidates forwarded in order, JSON on
+the wire both ways) without any rule of its own: every client may use every resource.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
+
+from fz_core.crypto import PrivateKey
+from fz_core.packet import Address, Packet, build_udp
+from fz_core.portal import client as c
+from fz_core.portal import client_wire
+from fz_core.portal import gateway as g
+from fz_core.portal.types import (
+    Authorization,
+    CidrResource,
+    GatewayInterface,
+    IceCredentials,
+    Interface,
+    Relay,
+    Resource,
+    Site,
+)
+from fz_core.tunnel import ClientTunnel, GatewayTunnel
+from fz_core.tunnel.events import SendToPortal
+from fz_core.turn.server import PortFreed, RelayServer, SendToClient, SendToPeer
+from fz_core.turn.server_auth import relay_credentials, relay_id
+
+from tests.sim.underlay import Faults, Host, Nat, Underlay, World
+
+PORT = 52625
+EPOCH = 1_700_000_000.0
+FAR_FUTURE = 2_145_916_800
+SITE = Site("00000000-0000-4000-8000-000000000001", "site")
+RESOURCE = CidrResource("00000000-0000-4000-8000-0000000000aa", ip_network("10.0.0.0/24"), "net", (), (SITE,))
+SERVER = ip_address("10.0.0.80").packed
+
+
+def uuid_of(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{digest[:8]}-{digest[8:12]}-4{digest[13:16]}-8{digest[17:20]}-{digest[20:32]}"
+
+
+class SimRelay:
+    """The relay's core on a public host."""
+
+    def __init__(self, world: World, net: Underlay, v4: str | None, v6: str | None, latency: float = 0.005) -> None:
+        self.world, self.net = world, net
+        ips = {len(p): p for p in (ip_address(i).packed for i in (v4, v6) if i is not None)}
+        self.host = net.add(f"relay {v4} {v6}", ips, latency=latency)
+        self.secret = world.bytes(32).hex()
+        self.id = relay_id(self.secret)
+        self.server = RelayServer(
+            stamp_secret=self.secret,
+            public_ip4=ips.get(4),
+            public_ip6=ips.get(16),
+            random_bytes=world.bytes,
+            unix_epoch=EPOCH,
+            open_port=self._open,
+        )
+        self._wake_at: float | None = None
+        for family in ips:
+            self.host.listen(family, 3478, self._from_client)
+
+    def entries(self, public_key: bytes) -> tuple[Relay, ...]:
+        salt = hashlib.sha256(public_key).hexdigest()
+        username, password = relay_credentials(FAR_FUTURE, salt, self.secret)
+        return tuple(
+            Relay(self.id, Address(ip, 3478), username, password, FAR_FUTURE) for ip in self.host.ips.values()
+        )
+
+    def die(self) -> None:
+        self.host.ports.clear()
+
+    def _open(self, port: int, families: tuple[int, ...]) -> bool:
+        for family in families:
+            self.host.listen(family, port, lambda to, source, data, _ecn: self._from_peer(to.port, source, data))
+        return True
+
+    def _from_client(self, _to: Address, source: Address, data: bytes, _ecn: int) -> None:
+        self.server.handle_client_input(source, data, self.world.now)
+        self._drain()
+
+    def _from_peer(self, port: int, source: Address, data: bytes) -> None:
+        self.server.handle_peer_input(port, source, data, self.world.now)
+        self._drain()
+
+    def _drain(self) -> None:
+        while (command := self.server.poll_command()) is not None:
+            match command:
+                case SendToClient(client, payload):
+                    self.net.send(self.host, 3478, client, payload)
+                case SendToPeer(port, peer, payload):
+                    self.net.send(self.host, port, peer, payload)
+                case PortFreed(port):
+                    for family in (4, 16):
+                        self.host.close(family, port)
+        due = self.server.poll_timeout()
+        if due is not None and (self._wake_at is None or due < self._wake_at or self._wake_at <= self.world.now):
+            self._wake_at = due
+            self.world.at(due, self._wake)
+
+    def _wake(self) -> None:
+        self.server.handle_timeout(self.world.now)
+        self._drain()
+
+
+@dataclass
+class Peer:
+    """What client and gateway have in common: a state machine on a host, a portal link, a TUN."""
+
+    world: World
+    net: Underlay
+    host: Host
+    state: Any
+    send_to_portal: Callable[[Any], None]
+    packets: list[Packet] = field(default_factory=list)
+    events: list[Any] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+    on_packet: Callable[[Packet], None] | None = None
+    is_dead: bool = False
+    wake_at: float | None = None
+
+    def listen(self) -> None:
+        for family in self.host.ips:
+            self.host.listen(family, PORT, self._receive)
+
+    def _receive(self, to: Address, source: Address, data: bytes, ecn: int) -> None:
+        if self.is_dead:
+            return
+        self._note(self.state.handle_network_input(to, source, data, ecn, self.world.now))
+        self.drain()
+
+    def send(self, packet: Packet) -> None:
+        self._note(self.state.handle_tun_input(packet, self.world.now))
+        self.drain()
+
+    def tell(self, message: Any) -> None:
+        if not self.is_dead:
+            self.state.handle_portal_message(message, self.world.now)
+            self.drain()
+
+    def drain(self) -> None:
+        while (transmit := self.state.poll_transmit()) is not None:
+            self.net.send(self.host, PORT, transmit.remote, transmit.payload, transmit.ecn)
+        while (packet := self.state.poll_packet()) is not None:
+            self.packets.append(packet)
+            if self.on_packet is not None:
+                self.on_packet(packet)
+        while (event := self.state.poll_event()) is not None:
+            self.events.append(event)
+            if isinstance(event, SendToPortal):
+                self.send_to_portal(event.message)
+        deadline = self.state.poll_timeout()
+        if deadline is not None:
+            assert deadline[0] > self.world.now - 1e-9, f"a deadline in the past: {deadline}"
+            if self.wake_at is None or deadline[0] < self.wake_at or self.wake_at <= self.world.now:
+                self.wake_at = deadline[0]
+                self.world.at(deadline[0], lambda: self._wake(deadline[0]))
+
+    def _wake(self, due: float) -> None:
+        if not self.is_dead and self.wake_at == due:
+            self.wake_at = None
+            self.state.handle_timeout(self.world.now)
+            deadline = self.state.poll_timeout()
+            assert deadline is None or deadline[0] > self.world.now, f"the same deadline again: {deadline}"
+            self.drain()
+
+    def _note(self, error: Exception | None) -> None:
+        if error is not None:
+            self.errors.append(error)
+
+
+class SimPortal:
+    """Access for everybody, with the ordering a portal owes its peers."""
+
+    def __init__(self, world: World, relays: list[SimRelay], latency: float = 0.005) -> None:
+        self.world, self.relays, self.latency = world, relays, latency
+        self.resources: list[Resource] = [RESOURCE]
+        self.peers: dict[str, tuple[str, Peer, bytes, tuple[IPv4Address, IPv6Address]]] = {}
+        self.pending: dict[str, tuple[str, str, str]] = {}
+        self.expires_at: int | None = None
+        self.is_up = True
+        self.log: list[tuple[float, str, str]] = []
+        self._next_ip = 0
+
+    def connect(self, role: str, name: str, peer: Peer, public_key: bytes) -> str:
+        identity = uuid_of(f"{role} {name}")
+        known = self.peers.get(identity)
+        if known is None:
+            self._next_ip += 1
+            ips = (IPv4Address("100.64.0.0") + self._next_ip, IPv6Address("fd00:2021:1111::") + self._next_ip)
+        else:
+            ips = known[3]
+        self.peers[identity] = (role, peer, public_key, ips)
+        peer.state.handle_portal_connected(self.world.now)
+        self.to(identity, self.init(identity))
+        peer.drain()
+        return identity
+
+    def init(self, identity: str) -> Any:
+        role, _, key, (v4, v6) = self.peers[identity]
+        relays = tuple(e for relay in self.relays for e in relay.entries(key))
+        if role == "client":
+            return c.Init(Interface(v4, v6), tuple(self.resources), relays)
+        grants = [
+            Authorization(i, r.id, self.expires_at)
+            for i, (kind, *_) in self.peers.items()
+            for r in self.resources
+            if kind == "client"
+        ]
+        return g.Init(GatewayInterface(v4, v6), relays, tuple(grants))
+
+    def to(self, identity: str, message: Any) -> None:
+        """Portal to peer, through JSON."""
+        role, peer, *_ = self.peers[identity]
+        codec = client_wire.TO_CLIENT if role == "client" else g.TO_GATEWAY
+        event, payload = codec.build(message)
+        decoded = codec.parse(event, json.loads(json.dumps(payload)))
+        assert decoded == message, (decoded, message)
+        self.log.append((self.world.now, f"to {role}", event))
+        self.world.after(self.latency, lambda: peer.tell(decoded) if self.is_up else None)
+
+    def sender(self, identity_of: Callable[[], str]) -> Callable[[Any], None]:
+        def send(message: Any) -> None:
+            self.world.after(self.latency, lambda: self._handle(identity_of(), message) if self.is_up else None)
+
+        return send
+
+    def _handle(self, identity: str, message: Any) -> None:
+        role = self.peers[identity][0]
+        codec = client_wire.TO_PORTAL if role == "client" else g.TO_PORTAL
+        event, payload = codec.build(message)
+        message = codec.parse(event, json.loads(json.dumps(payload)))
+        self.log.append((self.world.now, f"from {role}", event))
+        match message:
+            case c.RequestAuthorization(resource_id):
+                self._request(identity, resource_id)
+            case g.AuthorizationCreated(ref):
+                self._created(ref)
+            case c.NewGatewayIceCandidates(gateway_id, candidates):
+                self.to(gateway_id, g.IceCandidates(identity, candidates))
+            case c.WithdrawGatewayIceCandidates(gateway_id, candidates):
+                self.to(gateway_id, g.InvalidateIceCandidates(identity, candidates))
+            case g.BroadcastIceCandidates(clients, candidates):
+                for client in clients:
+                    self.to(client, c.GatewayIceCandidates(identity, candidates))
+            case g.BroadcastInvalidatedIceCandidates(clients, candidates):
+                for client in clients:
+                    self.to(client, c.InvalidateGatewayIceCandidates(identity, candidates))
+            case c.NoRelays():
+                key = self.peers[identity][2]
+                relays = tuple(e for relay in self.relays for e in relay.entries(key))
+                self.to(identity, c.RelaysPresence((), relays))
+
+    def _request(self, client: str, resource_id: str) -> None:
+        gateways = [i for i, (role, peer, *_) in self.peers.items() if role == "gateway" and not peer.is_dead]
+        if not gateways:
+            self.to(client, c.AuthorizationCreationFailed(resource_id, c.FailReason.OFFLINE))
+            return
+        gateway, ref = gateways[0], str(len(self.log))
+        self.pending[ref] = (client, gateway, resource_id)
+        keys = self.peers[client][2] + self.peers[gateway][2]
+        resource = next(r for r in self.resources if r.id == resource_id)
+        assert isinstance(resource, CidrResource)
+        _, _, key, (v4, v6) = self.peers[client]
+        self.to(
+            gateway,
+            g.CreateAuthorization(
+                ref,
+                g.Client(client, key, hashlib.sha256(b"psk" + keys).digest(), v4, v6),
+                CidrResource(resource.id, resource.address, resource.name, resource.filters),
+                *credentials(keys),
+                self.expires_at,
+                False,
+                INGEST_TOKEN,
+            ),
+        )
+
+    def _created(self, ref: str) -> None:
+        client, gateway, resource_id = self.pending.pop(ref)
+        keys = self.peers[client][2] + self.peers[gateway][2]
+        _, _, key, (v4, v6) = self.peers[gateway]
+        psk = hashlib.sha256(b"psk" + keys).digest()
+        self.to(
+            client,
+            c.AuthorizationCreated(
+                resource_id, gateway, SITE.id, key, v4, v6, psk, *credentials(keys), False, INGEST_TOKEN
+            ),
+        )
+
+
+def credentials(keys: bytes) -> tuple[IceCredentials, IceCredentials]:
+    text = hashlib.sha256(keys).hexdigest()
+    return IceCredentials(text[:4], text[4:26]), IceCredentials(text[26:30], text[30:52])
+
+
+def ingest_token() -> str:
+    import base64
+
+    claims: dict[str, Any] = {
+        name: "x"
+        for name in (
+            "account_id role initiator_device_id responder_device_id policy_authorization_id policy_id resource_id "
+            "resource_name initiator_actor_id initiator_actor_name authorized_at authorization_expires_at"
+        ).split()
+    }
+    claims |= {"iat": 1, "exp": 2, "uploads_enabled": False}
+    parts = [base64.urlsafe_b64encode(json.dumps(p).encode()).decode().rstrip("=") for p in ({"alg": "HS256"}, claims)]
+    return ".".join([*parts, "c2ln"])
+
+
+INGEST_TOKEN = ingest_token()
+
+
+@dataclass
+class Scenario:
+    """Where things stand and what the network does."""
+
+    client_nat: str = "cone"
+    gateway_nat: str = "cone"
+    client_families: tuple[int, ...] = (4,)
+    gateway_families: tuple[int, ...] = (4,)
+    blocked: bool = False
+    relay_v4: bool = True
+    relay_v6: bool = False
+    relays: int = 1
+    faults: Faults = field(default_factory=Faults)
+    latency: float = 0.005
+
+
+class System:
+    """One client, one gateway whose network holds an echo server at 10.0.0.80, relays, a portal."""
+
+    def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
+        self.scenario = s = scenario or Scenario()
+        self.world = World(seed)
+        self.net = Underlay(self.world, s.faults)
+        self.relays = [
+            SimRelay(
+                self.world,
+                self.net,
+                f"203.0.113.{101 + n}" if s.relay_v4 else None,
+                f"203:0:113::{101 + n}" if s.relay_v6 else None,
+                s.latency,
+            )
+            for n in range(s.relays)
+        ]
+        self.portal = SimPortal(self.world, self.relays, s.latency)
+        self.gateway = self._peer("gateway", "g", GatewayTunnel, s.gateway_nat, s.gateway_families, 31)
+        self.client = self._peer("client", "c", ClientTunnel, s.client_nat, s.client_families, 30)
+        self.gateway.on_packet = self._echo
+        self.world.run_for(1.0)
+
+    def _peer(self, role: str, name: str, kind: Any, nat: str, families: tuple[int, ...], net: int) -> Peer:
+        translation = Nat("none" if nat == "public" else nat)
+        inner = {4: f"172.{net}.0.100", 16: f"172:{net}::100"}
+        outer = {4: f"203.0.113.{net}", 16: f"203:0:113::{net}"}
+        used = outer if nat == "public" else inner
+        translation.public = {f: ip_address(outer[f]).packed for f in families}
+        if self.scenario.blocked:
+            relay_ips = {ip for relay in self.relays for ip in relay.host.ips.values()}
+            translation.blocked = lambda _inner, remote: remote.ip not in relay_ips
+        host = self.net.add(name, {f: ip_address(used[f]).packed for f in families}, translation, self.scenario.latency)
+        key = PrivateKey(self.world.bytes(32))
+        state = kind(key, self.world.now, EPOCH, self.world.bytes)
+        identity = uuid_of(f"{role} {name}")
+        peer = Peer(self.world, self.net, host, state, self.portal.sender(lambda: identity))
+        peer.listen()
+        self.portal.connect(role, name, peer, key.public)
+        return peer
+
+    @property
+    def client_ip(self) -> bytes:
+        return self.portal.peers[uuid_of("client c")][3][0].packed
+
+    @property
+    def client_id(self) -> str:
+        return uuid_of("client c")
+
+    @property
+    def gateway_id(self) -> str:
+        return uuid_of("gateway g")
+
+    def _echo(self, packet: Packet) -> None:
+        if packet.dst == SERVER and packet.protocol == 17:
+            reply = build_udp(packet.dst, packet.src, packet.dst_port, packet.src_port, packet.payload)
+            self.world.after(0.0001, lambda: self.gateway.send(reply))
+
+    def ask(self, payload: bytes, port: int = 7000) -> None:
+        self.client.send(build_udp(self.client_ip, SERVER, port, 7, payload))
+
+    @property
+    def answers(self) -> list[bytes]:
+        return [p.payload for p in self.client.packets if p.protocol == 17]
