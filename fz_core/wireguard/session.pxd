@@ -21,6 +21,8 @@ ctypedef struct SessionState:
     uint64_t send_counter      # taken with an atomic add
     uint32_t local_index       # what the peer puts in its datagrams to us
     uint32_t remote_index
+    double send_until          # not sealed with from then on; the caller checks
+    double receive_until       # not opened with from then on; the caller checks
     bint data_sent             # something other than keep-alives
     bint data_received
     char lock                  # guards `replay`

@@ -41,6 +41,16 @@ cdef class Session:
     def __dealloc__(self):
         sodium_memzero(&self.state, sizeof(self.state))
 
+    @property
+    def send_until(self):
+        """When sealing with it ends."""
+        return self.state.send_until
+
+    @property
+    def receive_until(self):
+        """When opening with it ends."""
+        return self.state.receive_until
+
     def __repr__(self):
         return f"Session(local_index={self.state.local_index:#x}, is_initiator={bool(self.is_initiator)})"
 

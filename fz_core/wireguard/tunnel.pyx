@@ -296,7 +296,7 @@ cdef class Tunnel:
             datagram[4] | (<uint32_t>datagram[5] << 8) | (<uint32_t>datagram[6] << 16) | (<uint32_t>datagram[7] << 24))
         if session is None:
             return WG_UNKNOWN_SESSION
-        if now - session.established_at >= REJECT_AFTER_TIME:
+        if now >= session.state.receive_until:
             return WG_EXPIRED_SESSION
         out = PyBytes_FromStringAndSize(NULL, size)
         opened = session_open(&session.state, datagram, length, <uint8_t *>PyBytes_AS_STRING(out))
@@ -371,6 +371,8 @@ cdef class Tunnel:
         self._serial += 1
         session.serial = self._serial
         session.established_at = now
+        session.state.send_until = now + (INITIATOR_STOPS_AFTER if session.is_initiator else REJECT_AFTER_TIME)
+        session.state.receive_until = now + REJECT_AFTER_TIME
         self.timers.last_session_at = now
         self._sessions[session.state.local_index % RING] = session
 
@@ -398,7 +400,7 @@ cdef class Tunnel:
         for slot in range(RING):
             session = self._sessions[slot]
             if session is not None and session is not self.current:
-                if now - session.established_at >= REJECT_AFTER_TIME:
+                if now >= session.state.receive_until:
                     self._sessions[slot] = None
 
     cdef void _wipe(self):
@@ -464,6 +466,4 @@ cdef class Tunnel:
 
 cdef inline bint _is_usable(Session session, double now):
     """Whether the session may still be sent on."""
-    if session is None:
-        return False
-    return now - session.established_at < (INITIATOR_STOPS_AFTER if session.is_initiator else REJECT_AFTER_TIME)
+    return session is not None and now < session.state.send_until

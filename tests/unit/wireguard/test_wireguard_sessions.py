@@ -227,6 +227,11 @@ def test_sessions_are_visible_to_a_pump() -> None:
     assert session.is_initiator
     assert session.is_confirmed
     assert session.established_at == pair.now
+    assert session.send_until == pair.now + 170
+    assert session.receive_until == pair.now + 180
+    responder = pair.b.tunnel.current_session()
+    assert responder is not None
+    assert responder.send_until == pair.now + 180
     assert pair.a.tunnel.session(0xAAAAAA01) is session
     assert pair.a.tunnel.session(0xAAAAAA02) is None
     with pytest.raises(TypeError):

@@ -157,6 +157,18 @@ def test_a_failed_renewal_expires_and_then_rests() -> None:
     assert len(pair.a.sent_at(1)) == 5
 
 
+@pytest.mark.parametrize(("lazy", "attempts"), [(False, 1), (True, 2)])
+def test_data_after_a_failed_attempt_tries_again_only_where_data_may(lazy: bool, attempts: int) -> None:
+    pair = Pair(rekey_attempt_time=20.0, handshake_on_data=lazy).connect()
+    start = pair.now
+    pair.lossy = lambda sender, datagram: True
+    for at in (0, 60):
+        pair.run_until(start + at)
+        assert isinstance(pair.a.tunnel.seal(ipv4(), pair.now), bytes)
+    pair.run_until(start + 110)
+    assert len([event for event in pair.a.events if isinstance(event, Expired)]) == attempts
+
+
 def test_an_idle_tunnel_renews_every_180_seconds() -> None:
     pair = Pair().connect()
     start = pair.now
