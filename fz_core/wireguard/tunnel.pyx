@@ -161,7 +161,10 @@ cdef class Tunnel:
         self._send_initiation(now)
 
     def seal(self, packet, double now):
-        """The data packet for an inner packet, or a DropReason; b"" if the packet was queued instead."""
+        """The data packet for an inner packet, or a DropReason; b"" if the packet was queued instead.
+
+        An empty packet makes a keep-alive.
+        """
         cdef Py_buffer view
         if not _is_usable(self.current, now):
             return self._seal_without_session(packet, now)

@@ -21,9 +21,7 @@ from fz_core.crypto import (
     xaead_seal,
 )
 
-VECTORS: dict[str, Any] = json.loads(
-    (Path(__file__).resolve().parents[2] / "vectors" / "crypto_rfc.json").read_text()
-)
+VECTORS: dict[str, Any] = json.loads((Path(__file__).resolve().parents[2] / "vectors" / "crypto_rfc.json").read_text())
 PACKAGE = Path(cryptography_vectors.__file__).parent
 
 

@@ -32,6 +32,16 @@ def test_the_initiator_renews_by_age(sends: bool, receives: bool, expected: floa
     assert pair.b.tunnel.has_session
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_keepalives_do_not_age_a_session(name: str) -> None:
+    pair = Pair().connect()
+    start = pair.now
+    pair.send(getattr(pair, name), b"")
+    pair.run_until(start + 200)
+    assert 180.0 <= pair.a.sent_at(1)[1] - start <= 180.0 + JITTER
+    assert len([d for end in (pair.a, pair.b) for _, d in end.sent if len(d) == 32]) == 3
+
+
 def test_the_age_after_receipt_follows_the_shorter_iceless_timers() -> None:
     pair = Pair(keepalive_timeout=5.0, rekey_timeout=2.0).connect()
     start = pair.now
