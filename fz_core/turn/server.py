@@ -221,8 +221,8 @@ class RelayServer:
         """The next thing to do."""
         return self._commands.popleft() if self._commands else None
 
-    def is_hairpin(self, peer: Address) -> bool:
-        """Whether this peer is on this very relay: then a datagram to it need not leave the machine."""
+    def is_own_ip(self, peer: Address) -> bool:
+        """Whether this peer may be an allocation of ours: a datagram to it need not leave the machine then."""
         return peer.ip in self._own_ips
 
     def _relay_outward(
@@ -238,7 +238,7 @@ class RelayServer:
             return DropReason.UNKNOWN_CHANNEL
         port, peer = target
         payload = bytes(datagram[4 : 4 + length])
-        if self.is_hairpin(peer):
+        if self.is_own_ip(peer) and peer.port in self._state.by_port:
             return self.handle_peer_input(peer.port, Address(peer.ip, port), payload, now)
         self._commands.append(SendToPeer(port, peer, payload))
         return None
@@ -406,7 +406,7 @@ class RelayServer:
         ip = ipaddress.ip_address(peer.ip)
         if ip.is_multicast or ip.is_unspecified or peer.port == 0:
             return False
-        if self.is_hairpin(peer):
+        if self.is_own_ip(peer):
             return peer.port != self._listen_port
         return self._is_on_loopback or not ip.is_loopback
 

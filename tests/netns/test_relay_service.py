@@ -1,0 +1,296 @@
+"""Our relay over real sockets: the scenarios every relay must pass, and what is its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import trio
+from turn_scenarios import (
+    TurnPeer,
+    address_of,
+    allocate_and_talk,
+    refresh,
+    renew_nonce,
+    sockaddr,
+    two_clients_on_one_relay,
+    udp,
+    wrong_password,
+)
+
+from fz_core.embedded.relay import Relay, RelayConfig, format_rate, run_relay
+from fz_core.packet import Address
+from fz_core.turn import relay_credentials, relay_id
+
+EXPIRY = 4_000_000_000
+SOL_UDP, UDP_SEGMENT = 17, 103
+
+
+class RelayThread:
+    """A relay on loopback in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.relay: Relay
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._main,))
+
+    async def _main(self) -> None:
+        config = RelayConfig(public_ip4="127.0.0.1", public_ip6="::1", listen_port=0)
+        async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            self._token = trio.lowlevel.current_trio_token()
+            self.relay = await nursery.start(run_relay, config)
+            self._started.set()
+
+    def start(self) -> RelayThread:
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def stop(self) -> None:
+        self._token.run_sync_soon(self._scope.cancel)
+        self._thread.join(10)
+
+    def client(self, family: int = 4, salt: str = "s", **more: str) -> TurnPeer:
+        listen = next(a for a in self.relay.listen_addresses if len(a.ip) == family)
+        username, password = relay_credentials(EXPIRY, salt, self.relay.stamp_secret)
+        return TurnPeer(listen, (username, more.get("password", password)))
+
+
+@pytest.fixture
+def running() -> Iterator[RelayThread]:
+    thread = RelayThread().start()
+    yield thread
+    thread.stop()
+
+
+@pytest.mark.parametrize(("family", "host"), [(4, "127.0.0.1"), (16, "::1"), (4, "::1"), (16, "127.0.0.1")])
+def test_allocate_and_talk(running: RelayThread, family: int, host: str) -> None:
+    client = running.client(family)
+    allocate_and_talk(client, host)
+    client.close()
+
+
+def test_refresh(running: RelayThread) -> None:
+    refresh(running.client())
+
+
+def test_nonce_renewal(running: RelayThread) -> None:
+    renew_nonce(running.client())
+
+
+def test_wrong_password(running: RelayThread) -> None:
+    client = running.client(password="wrong")
+    wrong_password(client)
+    assert client.allocation.free_reason == "no response received"
+
+
+def test_expired_credentials_are_known_to_be_dead(running: RelayThread) -> None:
+    listen = running.relay.listen_addresses[0]
+    client = TurnPeer(listen, relay_credentials(1, "s", running.relay.stamp_secret))
+    client.until(lambda: client.allocation.free_reason)
+    assert client.allocation.free_reason == "authentication error"
+
+
+@pytest.mark.parametrize("family", [4, 16])
+def test_hairpin(running: RelayThread, family: int) -> None:
+    two_clients_on_one_relay(running.client(family, "a"), running.client(family, "b"), family)
+    assert running.relay.allocation_count == 2
+    assert running.relay.channel_count == 2
+
+
+def test_freed_ports_are_closed(running: RelayThread) -> None:
+    client = running.client()
+    relayed = client.allocate()
+    second = running.client()  # same user from another socket: the first allocation ends
+    second.allocate()
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.bind(sockaddr(relayed))
+    probe.close()
+
+
+def test_batches_keep_order_and_boundaries(running: RelayThread) -> None:
+    """A burst sent with one system call arrives as single datagrams, in order, both ways."""
+    client, peer = running.client(), udp("127.0.0.1")
+    relayed = client.allocate()
+    address = address_of(peer.getsockname())
+    client.bind(address)
+    payloads = [bytes([n]) * 1200 for n in range(40)] + [b"end"]
+    number = client.allocation.channel_to(address, client.now)
+    assert number is not None
+    framed = [struct.pack("!HH", number, len(p)) + p for p in payloads]
+    segment = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", 1204))]
+    client.sock.sendmsg(framed, segment, 0, sockaddr(running.relay.listen_addresses[0]))
+    assert [peer.recv(65536) for _ in payloads] == payloads
+    peer.sendmsg(payloads, [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", 1200))], 0, sockaddr(relayed))
+    client.until(lambda: len(client.received) == len(payloads))
+    assert client.received == [(address, p) for p in payloads]
+
+
+def test_a_burst_over_two_channels_and_a_request(running: RelayThread) -> None:
+    """What the kernel merges on arrival may belong to different channels."""
+    client, one, two = running.client(), udp("127.0.0.1"), udp("127.0.0.1")
+    client.allocate()
+    numbers = []
+    for peer in (one, two):
+        address = address_of(peer.getsockname())
+        client.bind(address)
+        numbers.append(client.allocation.channel_to(address, client.now))
+    parts = [struct.pack("!HH", numbers[n % 2], 28) + bytes([n]) * 28 for n in range(8)]
+    parts.insert(4, b"\x00\x01\x00\x0c\x21\x12\xa4\x42" + bytes(12) + b"\x80\x22\x00\x08" + b"12345678")
+    segment = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", 32))]
+    client.sock.sendmsg(parts, segment, 0, sockaddr(running.relay.listen_addresses[0]))
+    assert [one.recv(100)[0] for _ in range(4)] == [0, 2, 4, 6]
+    assert [two.recv(100)[0] for _ in range(4)] == [1, 3, 5, 7]
+    reply = client.sock.recv(2000)
+    assert reply[:2] == b"\x01\x01"
+
+
+def test_strangers_get_nothing_through(running: RelayThread) -> None:
+    client, peer, stranger = running.client(), udp("127.0.0.1"), udp("127.0.0.1")
+    relayed = client.allocate()
+    address = address_of(peer.getsockname())
+    client.bind(address)
+    stranger.sendto(b"evil", sockaddr(relayed))
+    peer.sendto(b"good", sockaddr(relayed))
+    client.until(lambda: client.received)
+    assert client.received == [(address, b"good")]
+
+
+async def http_get(port: int, path: str) -> bytes:
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    data = b""
+    async for chunk in stream:
+        data += chunk
+    return data.partition(b"\r\n")[0]
+
+
+async def test_health_and_readiness() -> None:
+    port = free_tcp_port()
+    joined = trio.Event()
+    secrets: list[str] = []
+
+    async def link(stamp_secret: str, set_ready: object) -> None:
+        secrets.append(stamp_secret)
+        await joined.wait()
+        set_ready(True)  # type: ignore[operator]
+
+    config = RelayConfig(public_ip4="127.0.0.1", listen_port=0, health_address=("127.0.0.1", port))
+    async with trio.open_nursery() as nursery:
+        relay = await nursery.start(run_relay, config, link)
+        assert b"200" in await http_get(port, "/healthz")
+        assert b"503" in await http_get(port, "/readyz")
+        joined.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert b"200" in await http_get(port, "/readyz")
+        assert b"404" in await http_get(port, "/other")
+        assert secrets == [relay.stamp_secret]
+        assert relay.id == relay_id(relay.stamp_secret)
+        nursery.cancel_scope.cancel()
+
+
+def free_tcp_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+async def test_a_taken_health_port_does_not_stop_the_relay() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        config = RelayConfig(public_ip4="127.0.0.1", listen_port=0, health_address=sock.getsockname())
+        async with trio.open_nursery() as nursery:
+            relay = await nursery.start(run_relay, config)
+            assert relay.is_ready
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_taken_listening_port_is_an_error() -> None:
+    with udp("127.0.0.1") as sock, pytest.raises(OSError, match="in use"):
+        await run_relay(RelayConfig(public_ip4="127.0.0.1", bind_ip4="127.0.0.1", listen_port=sock.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0, "0.00 B/s"), (1500, "1.50 kB/s"), (2.5e6, "2.50 MB/s"), (1e9, "1.00 GB/s"), (5e12, "5.00 TB/s")],
+)
+def test_rates(rate: float, text: str) -> None:
+    assert format_rate(rate) == text
+
+
+# The command
+
+
+def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FIREZONE", "PUBLIC", "LOG"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fz_core.embedded.relay_command", *arguments],
+        env={**clean, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+GOOD = ("--api-url", "ws://portal.invalid:8081/", "--public-ip4-addr", "127.0.0.1", "--listen-port", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code"),
+    [
+        (("--help",), {}, 0),
+        (("--nonsense",), {}, 2),
+        ((*GOOD[:2],), {}, 2),
+        (("--public-ip4-addr", "127.0.0.1", "token"), {}, 2),
+        ((*GOOD, "--listen-port", "70000", "token"), {}, 2),
+        ((*GOOD, "--log-format", "JSON", "token"), {}, 2),
+        ((*GOOD, "token"), {"PUBLIC_IP6_ADDR": ""}, 2),
+        (("--api-url", "not a url", "token"), {}, 2),
+        (("--api-url", "ftp://x/", "--public-ip4-addr", "127.0.0.1", "token"), {}, 1),
+        (("--api-url", "ws://x/", "token"), {}, 1),
+    ],
+)
+def test_exit_codes(arguments: tuple[str, ...], environment: dict[str, str], code: int) -> None:
+    process = command(*arguments, **environment)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == code, output + errors
+    assert (code == 2) == bool(errors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_well(number: int) -> None:
+    process = command(*GOOD, "--health-check-addr", "127.0.0.1:0", FIREZONE_TOKEN="secret-token")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Listening" in line:
+            break
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "secret-token" not in output + errors
+
+
+def test_help_shows_no_values() -> None:
+    output, _ = command("--help", FIREZONE_TOKEN="secret-token").communicate(timeout=30)
+    assert "FIREZONE_TOKEN" in output
+    assert "secret-token" not in output
+
+
+def test_addresses_are_keys_as_the_kernel_reports_them() -> None:
+    from fz_core.embedded.relay import sockaddr as relay_sockaddr
+
+    for host in ("127.0.0.1", "::1"):
+        sender, receiver = udp(host), udp(host)
+        sender.sendto(b"x", receiver.getsockname())
+        _, source = receiver.recvfrom(10)
+        assert relay_sockaddr(Address(address_of(source).ip, source[1])) == source
