@@ -11,6 +11,7 @@ from fz_core.portal.channel import (
     MessageReceived,
 )
 from fz_core.portal.login import BadUrl, Login, external_id, user_agent
+from fz_core.portal.roles import client_channel, gateway_channel, relay_channel
 
 __all__ = [
     "BadUrl",
@@ -23,6 +24,9 @@ __all__ = [
     "Login",
     "MessageDropped",
     "MessageReceived",
+    "client_channel",
     "external_id",
+    "gateway_channel",
+    "relay_channel",
     "user_agent",
 ]

@@ -103,6 +103,16 @@ class Channel:
         self._queue: deque[tuple[str, Any]] = deque()
         self._out: deque[str] = deque()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the WebSocket is thought to be up."""
+        return self._open
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `poll_event` has something."""
+        return bool(self._events)
+
     # what the owner reports
 
     def handle_connected(self, now: float) -> None:
@@ -244,7 +254,9 @@ class Channel:
         if delay is None:
             self._fail(f"gave up reaching the portal: {error}", False)
             return
-        self._events.append(Hiccup(delay, self._backoff.budget if self._backoff else None, error))
+        self._events.append(Hiccup(delay, self._backoff.budget if self._backoff else self._budget, error))
+        if delay == 0.0:
+            self._backoff = None
         self._events.append(Connect(delay))
 
     def _fail(self, error: str, is_token_dead: bool) -> None:

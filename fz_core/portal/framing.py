@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,10 @@ def parse_frame_untrusted(text: str) -> Frame | None:
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.pos >= len(text.rstrip()):
+        if _ends_early(text, error):
             raise Truncated("the frame ends early") from None
         return None
-    except RecursionError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
@@ -50,3 +51,14 @@ def parse_frame_untrusted(text: str) -> Frame | None:
     if ref is not None and (not isinstance(ref, int) or isinstance(ref, bool)):
         return None
     return Frame(topic, event, fields.get("payload"), ref)
+
+
+def _ends_early(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether more text could have made it valid."""
+    rest = text[error.pos :].rstrip()
+    if error.msg.startswith("Invalid \\"):
+        return len(rest) <= len("u1234")
+    return error.msg.startswith("Unterminated string") or bool(BEGUN.fullmatch(rest))
+
+
+BEGUN = re.compile(r"-?|[.]|[eE][+-]?|t|tr|tru|f|fa|fal|fals|n|nu|nul")

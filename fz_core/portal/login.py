@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit, urlunsplit
@@ -15,6 +15,10 @@ PATHS = {
     "gateway": ("gateway", "v2", "websocket"),
     "relay": ("relay", "websocket"),
 }
+HYPHENATED = "-".join(f"[0-9a-fA-F]{{{n}}}" for n in (8, 4, 4, 4, 12))
+UUID_SPELLINGS = tuple(
+    re.compile(form) for form in ("[0-9a-fA-F]{32}", HYPHENATED, rf"\{{{HYPHENATED}\}}", f"urn:uuid:{HYPHENATED}")
+)
 
 
 class BadUrl(ValueError):
@@ -65,11 +69,8 @@ class Login:
 
 def external_id(device_id: str) -> str:
     """The device id as the portal hears it: a UUID in any spelling becomes the SHA-256 of its text."""
-    try:
-        uuid.UUID(device_id)
-    except ValueError:
-        return device_id
-    return hashlib.sha256(device_id.encode()).hexdigest()
+    is_uuid = any(spelling.fullmatch(device_id) for spelling in UUID_SPELLINGS)
+    return hashlib.sha256(device_id.encode()).hexdigest() if is_uuid else device_id
 
 
 def user_agent(os_name: str, os_version: str, component: str, version: str, arch: str, kernel: str) -> str:
