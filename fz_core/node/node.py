@@ -237,7 +237,7 @@ class Node:
             return self._handle_data(remote, datagram, now)
         if is_stun_untrusted(datagram):
             return self._handle_peer_stun(local, remote, datagram, now)
-        return self._handle_wireguard(first, remote, datagram, now)
+        return self._handle_wireguard(first, local, remote, datagram, now)
 
     # time
 
@@ -294,8 +294,15 @@ class Node:
         self._settle(connection, now)
         return None if isinstance(opened, bytes) else opened
 
-    def _handle_wireguard(self, first: int, remote: Address, datagram: bytes, now: float) -> DropReason | None:
+    def _handle_wireguard(
+        self, first: int, local: Address, remote: Address, datagram: bytes, now: float
+    ) -> DropReason | None:
+        is_verified = first == 1
         if first == 1:
+            # The limiter comes first: finding out whose init this is costs a Diffie-Hellman operation.
+            refused = self._rate_limiter.verify_untrusted(bytes(datagram), remote.ip, now)
+            if refused is not None:
+                return self._refuse_handshake(refused, local, remote, now)
             key = initiator_static_key_untrusted(self._private_key, datagram)
             connection = None if key is None else self._connections.by_key(key)
         elif (index := receiver_index(datagram)) is not None:
@@ -304,9 +311,16 @@ class Node:
             return DropReason.UNKNOWN_DATAGRAM
         if connection is None:
             return DropReason.UNKNOWN_CONNECTION
-        handled = connection.tunnel.handle_untrusted(datagram, remote.ip, now)
+        handled = connection.tunnel.handle_untrusted(datagram, remote.ip, now, is_verified)
         self._settle(connection, now)
         return handled if isinstance(handled, DropReason) else None
+
+    def _refuse_handshake(self, refused: bytes | DropReason, local: Address, remote: Address, now: float) -> DropReason:
+        """Under load: a cookie reply goes back the way the init came."""
+        if isinstance(refused, DropReason):
+            return refused
+        self._send_from(local, remote, refused, now)
+        return DropReason.WG_UNDER_LOAD
 
     def _handle_peer_stun(self, local: Address, remote: Address, datagram: bytes, now: float) -> DropReason | None:
         message = Message.parse_untrusted(datagram)
@@ -349,27 +363,23 @@ class Node:
         # Byte 0 of a STUN request is 0 and of a response 1; only requests expect an answer.
         if check.payload[0] == 0:
             self._connections.expect(check.payload[8:20], connection, now)
-        relay = None if check.local is None else self._owner_of(check.local)
-        if relay is None:
-            self._transmits.append(check)
-            return
-        wrapped = relay.encapsulate(check.remote, check.payload, now)
-        if isinstance(wrapped, Transmit):
-            self._transmits.append(wrapped)
-        self._drain_relay(relay)
+        assert check.local is not None
+        self._send_from(check.local, check.remote, check.payload, now)
 
     def _send_on_path(self, connection: Connection, datagram: bytes, now: float) -> None:
         assert connection.path is not None
-        path = connection.path
-        if not path.via_relay:
-            self._transmits.append(Transmit(datagram, path.remote, path.local))
+        self._send_from(connection.path.local, connection.path.remote, datagram, now)
+
+    def _send_from(self, local: Address, remote: Address, payload: bytes, now: float) -> None:
+        """Send from a host address, or through the relay that owns `local`."""
+        relay = self._owner_of(local)
+        if relay is None:
+            self._transmits.append(Transmit(payload, remote, local))
             return
-        relay = self._relays.get(connection.relay_id)
-        if relay is not None:
-            wrapped = relay.encapsulate(path.remote, datagram, now)
-            if isinstance(wrapped, Transmit):
-                self._transmits.append(wrapped)
-            self._drain_relay(relay)
+        wrapped = relay.encapsulate(remote, payload, now)
+        if isinstance(wrapped, Transmit):
+            self._transmits.append(wrapped)
+        self._drain_relay(relay)
 
     def _drain_relay(self, relay: Allocation) -> None:
         while (transmit := relay.poll_transmit()) is not None:

@@ -6,6 +6,7 @@ the wire both ways) without any rule of its own: every client may use every reso
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fz_core.portal import client as c
 from fz_core.portal import client_wire
 from fz_core.portal import gateway as g
 from fz_core.portal.types import (
+    INGEST_CLAIMS,
     Authorization,
     CidrResource,
     GatewayInterface,
@@ -32,7 +34,6 @@ from fz_core.tunnel import ClientTunnel, GatewayTunnel
 from fz_core.tunnel.events import SendToPortal
 from fz_core.turn.server import PortFreed, RelayServer, SendToClient, SendToPeer
 from fz_core.turn.server_auth import relay_credentials, relay_id
-
 from tests.sim.underlay import Faults, Host, Nat, Underlay, World
 
 PORT = 52625
@@ -72,9 +73,7 @@ class SimRelay:
     def entries(self, public_key: bytes) -> tuple[Relay, ...]:
         salt = hashlib.sha256(public_key).hexdigest()
         username, password = relay_credentials(FAR_FUTURE, salt, self.secret)
-        return tuple(
-            Relay(self.id, Address(ip, 3478), username, password, FAR_FUTURE) for ip in self.host.ips.values()
-        )
+        return tuple(Relay(self.id, Address(ip, 3478), username, password, FAR_FUTURE) for ip in self.host.ips.values())
 
     def die(self) -> None:
         self.host.ports.clear()
@@ -303,15 +302,7 @@ def credentials(keys: bytes) -> tuple[IceCredentials, IceCredentials]:
 
 
 def ingest_token() -> str:
-    import base64
-
-    claims: dict[str, Any] = {
-        name: "x"
-        for name in (
-            "account_id role initiator_device_id responder_device_id policy_authorization_id policy_id resource_id "
-            "resource_name initiator_actor_id initiator_actor_name authorized_at authorization_expires_at"
-        ).split()
-    }
+    claims: dict[str, Any] = {name: "x" for name in INGEST_CLAIMS}
     claims |= {"iat": 1, "exp": 2, "uploads_enabled": False}
     parts = [base64.urlsafe_b64encode(json.dumps(p).encode()).decode().rstrip("=") for p in ({"alg": "HS256"}, claims)]
     return ".".join([*parts, "c2ln"])

@@ -1,0 +1,227 @@
+"""The Tunnel API: one client or gateway, from the portal to the TUN device.
+
+    tunnel = Tunnel(config)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tunnel.run)          # until tunnel.stop(), or TunnelFailed
+        async for event in tunnel.events: ...   # frozen dataclasses of fz_core.tunnel.events
+
+Not here: command lines, signals, log configuration (`fz_gateway`, `fz_headless`, `service.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import socket
+from collections import Counter
+from contextlib import ExitStack
+
+import structlog
+import trio
+
+from fz_core.crypto import PrivateKey
+from fz_core.driver import clock
+from fz_core.driver.config import ConfigError, Role, TunnelConfig, TunnelFailed
+from fz_core.driver.loop import Loop
+from fz_core.driver.portal import PortalLink
+from fz_core.linux import HostError, Interface, TunDevice, UdpSocket, os_version
+from fz_core.portal import (
+    BadUrl,
+    Connected,
+    Fatal,
+    Hiccup,
+    Login,
+    MessageDropped,
+    MessageReceived,
+    client_channel,
+    external_id,
+    gateway_channel,
+    user_agent,
+)
+from fz_core.tunnel import ClientTunnel, GatewayTunnel, TunnelErrors
+from fz_core.tunnel.events import SendToPortal, TunConfigChanged, TunnelEvent
+
+EVENT_QUEUE = 256
+COMPONENTS = {Role.CLIENT: "headless-client", Role.GATEWAY: "gateway"}
+RATE_LIMIT = 60.0
+
+log = structlog.get_logger("tunnel")
+
+
+class Tunnel:
+    """One tunnel. Construct it anywhere, `run` it inside trio, once."""
+
+    def __init__(self, config: TunnelConfig) -> None:
+        self._config = config
+        private_key = PrivateKey(secrets.token_bytes(32))
+        kind = ClientTunnel if config.role is Role.CLIENT else GatewayTunnel
+        self._state: ClientTunnel | GatewayTunnel = kind(
+            private_key, clock.now(), clock.unix_epoch(), secrets.token_bytes
+        )
+        if isinstance(self._state, ClientTunnel):
+            self._state.set_internet_resource(config.internet_resource, clock.now())
+        self._public_key = base64.b64encode(private_key.public).decode()
+        self._login = _login(config)
+        self._loop: Loop | None = None
+        self._configs: trio.MemorySendChannel[TunConfigChanged]
+        self._sender: trio.MemorySendChannel[TunnelEvent]
+        self.events: trio.MemoryReceiveChannel[TunnelEvent]
+        self._sender, self.events = trio.open_memory_channel[TunnelEvent](EVENT_QUEUE)
+        self.missed_events = 0
+        self.is_joined = False
+        self.is_configured = False
+        self._logged_at: Counter[str] = Counter()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the portal knows us and the device carries our addresses."""
+        return self.is_joined and self.is_configured
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """Dropped packets and messages by reason, since the start."""
+        return {reason.value: count for reason, count in self._state.drops.items()}
+
+    def stop(self) -> None:
+        """Say goodbye to all peers and let `run` return."""
+        if self._loop is not None:
+            self._loop.stop()
+
+    async def run(self) -> None:
+        """Carry traffic until `stop`. TunnelFailed or HostError if it cannot go on."""
+        with ExitStack() as stack:
+            tun = stack.enter_context(TunDevice.open(self._config.tun_name))
+            interface = Interface(tun.name)
+            await trio.to_thread.run_sync(interface.flush_tables)
+            sockets = [stack.enter_context(s) for s in _bind_sockets(self._config.listen_port)]
+            channel = (
+                client_channel(secrets.token_bytes, self._config.max_partition_time)
+                if self._config.role is Role.CLIENT
+                else gateway_channel(secrets.token_bytes, self._config.max_partition_time)
+            )
+            link = PortalLink(self._login, channel, public_key=lambda: self._public_key)
+            self._configs, configs = trio.open_memory_channel[TunConfigChanged](1024)
+            loop = self._loop = Loop(self._state, tun, sockets, lambda: self._hand_up(link), self._report)
+            try:
+                await self._run_tasks(loop, link, interface, configs)
+            finally:
+                self._loop = None
+                self._sender.close()
+
+    async def _run_tasks(
+        self,
+        loop: Loop,
+        link: PortalLink,
+        interface: Interface,
+        configs: trio.MemoryReceiveChannel[TunConfigChanged],
+    ) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.run)
+                nursery.start_soon(self._listen, link, loop)
+                nursery.start_soon(self._configure, interface, configs)
+                await loop.run()
+                nursery.cancel_scope.cancel()
+        except* (TunnelFailed, HostError) as failed:
+            error: BaseException = failed
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+
+    async def _listen(self, link: PortalLink, loop: Loop) -> None:
+        """Bring what the portal says into the loop's turns."""
+        state = self._state
+        async for event in link.events:
+            match event:
+                case Connected():
+                    log.info("Connected to portal", host=self._login.endpoint()[0])
+                    self.is_joined = True
+                    loop.submit(state.handle_portal_connected)
+                case MessageReceived(message):
+                    loop.submit(lambda now, message=message: state.handle_portal_message(message, now))
+                case MessageDropped(name, reason):
+                    log.warning("Portal message dropped", event_name=name, reason=reason)
+                case Hiccup(delay, budget, error):
+                    log.info("Portal connection hiccup", error=error, backoff=f"{delay:.1f}s", max_elapsed_time=budget)
+                    self.is_joined = False
+                    loop.submit(state.handle_portal_disconnected)
+                case Fatal(error):
+                    raise TunnelFailed(error)
+
+    async def _configure(self, interface: Interface, configs: trio.MemoryReceiveChannel[TunConfigChanged]) -> None:
+        """Apply TUN configurations in order, off the loop: netlink may block."""
+        async for config in configs:
+            await trio.to_thread.run_sync(_apply, interface, config)
+            for warning in interface.warnings:
+                log.warning(warning)
+            interface.warnings.clear()
+            self.is_configured = True
+            log.debug("Tunnel ready")
+
+    def _hand_up(self, link: PortalLink) -> None:
+        """Runs at the end of each turn: what the state has to say, to the portal, the kernel and the caller."""
+        while (event := self._state.poll_event()) is not None:
+            if isinstance(event, SendToPortal):
+                link.send(event.message)
+                continue
+            if isinstance(event, TunConfigChanged):
+                self._configs.send_nowait(event)
+            log_event(event)
+            try:
+                self._sender.send_nowait(event)
+            except (trio.WouldBlock, trio.BrokenResourceError):
+                self.missed_events += 1
+
+    def _report(self, errors: TunnelErrors) -> None:
+        """Drops are counted by the state; a line per kind and minute is enough for people."""
+        for error in errors.exceptions:
+            kind = getattr(error, "reason", type(error).__name__)
+            if clock.now() - self._logged_at.get(kind, -RATE_LIMIT) >= RATE_LIMIT:
+                self._logged_at[kind] = clock.now()  # type: ignore[assignment]
+                log.debug(str(error))
+
+
+def log_event(event: TunnelEvent) -> None:
+    """One line for people."""
+    fields = {name: getattr(event, name) for name in event.__slots__}
+    if isinstance(event, TunConfigChanged):
+        log.info("Updating TUN device", ipv4=event.ipv4, ipv6=event.ipv6, routes=len(event.routes))
+    else:
+        log.info(type(event).__name__, **fields)
+
+
+def _login(config: TunnelConfig) -> Login:
+    system, system_version, arch, kernel = os_version()
+    login = Login(
+        config.role.value,
+        config.api_url,
+        user_agent(system, system_version, COMPONENTS[config.role], config.version, arch, kernel),
+        {"external_id": external_id(config.device_id), "name": config.name},
+        config.token,
+    )
+    try:
+        login.endpoint()
+    except BadUrl as error:
+        raise ConfigError(str(error)) from None
+    return login
+
+
+def _bind_sockets(port: int) -> list[UdpSocket]:
+    """A socket for each family this host has."""
+    sockets, errors = [], []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            sockets.append(UdpSocket.bind(family, port))
+        except OSError as error:
+            errors.append(f"{family.name}: {error.strerror}")
+    if errors:
+        log.debug("no UDP socket of one family", error="; ".join(errors))
+    if not sockets:
+        raise HostError(f"cannot open any UDP socket ({'; '.join(errors)})")
+    return sockets
+
+
+def _apply(interface: Interface, config: TunConfigChanged) -> None:
+    interface.set_addresses(config.ipv4, config.ipv6)
+    interface.set_routes(config.routes)
+    interface.sync_link_scope_routes()
