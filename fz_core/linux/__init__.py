@@ -1,1 +1,29 @@
-"""Room linux; see docs/architecture.md."""
+"""What touches this machine's kernel and files; knows nothing of policy (floor 5)."""
+
+from fz_core.linux.device_id import device_id
+from fz_core.linux.errors import HostError
+from fz_core.linux.marks import MARK, MarkError, set_mark
+from fz_core.linux.netlink import Interface
+from fz_core.linux.process import forbid_core_dumps, has_net_admin, os_version, raise_socket_buffers
+from fz_core.linux.token_file import read_token_file
+from fz_core.linux.tun import TunDevice, TunError
+from fz_core.linux.udp import PREFERRED_PORT, SocketError, UdpSocket
+
+__all__ = [
+    "MARK",
+    "PREFERRED_PORT",
+    "HostError",
+    "Interface",
+    "MarkError",
+    "SocketError",
+    "TunDevice",
+    "TunError",
+    "UdpSocket",
+    "device_id",
+    "forbid_core_dumps",
+    "has_net_admin",
+    "os_version",
+    "raise_socket_buffers",
+    "read_token_file",
+    "set_mark",
+]
