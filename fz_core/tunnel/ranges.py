@@ -28,11 +28,15 @@ INTERNET_REJECTED: tuple[Network, ...] = (
 )  # fmt: skip
 
 
+REMEMBERED_ANSWERS = 4096
+
+
 class RangeSet:
-    """Membership of packed addresses in networks: one set lookup per distinct prefix length."""
+    """Membership of packed addresses in networks: one set lookup per distinct prefix length, or a remembered answer."""
 
     def __init__(self, networks: Iterable[Network]) -> None:
         self._by_family: dict[int, dict[int, set[int]]] = {4: {}, 16: {}}
+        self._remembered: dict[bytes, bool] = {}
         for network in networks:
             packed = network.network_address.packed
             shift = network.max_prefixlen - network.prefixlen
@@ -40,8 +44,14 @@ class RangeSet:
             prefixes.add(int.from_bytes(packed, "big") >> shift)
 
     def __contains__(self, ip: bytes) -> bool:
-        number = int.from_bytes(ip, "big")
-        return any(number >> shift in prefixes for shift, prefixes in self._by_family[len(ip)].items())
+        answer = self._remembered.get(ip)
+        if answer is None:
+            number = int.from_bytes(ip, "big")
+            answer = any(number >> shift in prefixes for shift, prefixes in self._by_family[len(ip)].items())
+            if len(self._remembered) >= REMEMBERED_ANSWERS:
+                self._remembered.clear()
+            self._remembered[ip] = answer
+        return answer
 
 
 PEER_RANGE = RangeSet(PEERS)
