@@ -1,0 +1,280 @@
+"""An internet in network namespaces: hosts, routers with NAT flavours, latency and loss.
+
+    with Lab() as lab:
+        portal = lab.public_host("portal", 10)
+        office = lab.router("office", 30, nat="symmetric")
+        laptop = lab.host("laptop", office)
+        laptop.run("ping", "-c1", portal.ipv4)
+
+Everything is named after this process and removed on the way out, also after a failure.
+Addresses as in `spec/binaries.md` §12.1: the internet is 203.0.113.0/24 and 203:0:113::/64.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from fz_core.lab.processes import LabError, Process, run
+
+BRIDGE = "internet"
+INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
+NAT_FLAVOURS = ("none", "cone", "symmetric")
+SYSCTLS = (
+    "net.ipv6.conf.all.disable_ipv6=0",
+    "net.ipv6.conf.default.accept_dad=0",
+    "net.ipv6.conf.all.accept_dad=0",
+    "net.ipv4.conf.all.rp_filter=0",
+    "net.ipv4.conf.default.rp_filter=0",
+)
+
+
+class Namespace:
+    """A network namespace with the programs in it."""
+
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.lab, self.name, self.netns = lab, name, f"fz{os.getpid()}-{name}"
+        run(["ip", "netns", "add", self.netns])
+        lab.namespaces.append(self)
+        self.ip("link", "set", "lo", "up")
+        self.sysctl(*SYSCTLS)
+
+    def ip(self, *arguments: str) -> None:
+        """`ip` in this namespace."""
+        run(["ip", "-n", self.netns, *arguments])
+
+    def sysctl(self, *settings: str) -> None:
+        """Set kernel parameters of this namespace."""
+        run(["ip", "netns", "exec", self.netns, "sysctl", "-qw", *settings])
+
+    def nft(self, rules: str) -> None:
+        """Load an nftables file."""
+        command = ["ip", "netns", "exec", self.netns, "nft", "-f", "-"]
+        result = subprocess.run(command, input=rules, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise LabError(f"nft in {self.name}: {result.stderr.strip()}")
+
+    def run(self, *command: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end."""
+        return run(["ip", "netns", "exec", self.netns, *command], check=check, timeout=timeout)
+
+    def spawn(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
+        """Start a program; it is ended with the lab."""
+        log = self.lab.folder / f"{name}.log"
+        process = Process(name, ["ip", "netns", "exec", self.netns, *command], env, log)
+        self.lab.processes.append(process)
+        return process
+
+    def delay(self, device: str, milliseconds: float = 0.0, loss: float = 0.0) -> None:
+        """Delay, in one direction, and drop (percent) what leaves by this device; zeros remove both."""
+        run(["tc", "-n", self.netns, "qdisc", "del", "dev", device, "root"], check=False)
+        if milliseconds or loss:
+            settings = ["delay", f"{milliseconds}ms", "limit", "100000", *(["loss", f"{loss}%"] if loss else [])]
+            run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, "root", "netem", *settings])
+
+
+class Host(Namespace):
+    """A machine. `ipv4` and `ipv6` are None for a family it has not."""
+
+    ipv4: str | None = None
+    ipv6: str | None = None
+    device = "eth0"
+
+    def write_etc(self, name: str, text: str) -> None:
+        """Give programs in this namespace their own /etc/<name>."""
+        folder = Path("/etc/netns") / self.netns
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+class Router(Namespace):
+    """Between the internet and one local network; `public_ipv4` and `public_ipv6` are its outer addresses."""
+
+    def __init__(self, lab: Lab, name: str, number: int, nat: str, families: tuple[int, ...]) -> None:
+        if nat not in NAT_FLAVOURS:
+            raise LabError(f"unknown NAT flavour {nat!r}, use one of {', '.join(NAT_FLAVOURS)}")
+        super().__init__(lab, name)
+        self.number, self.families = number, families
+        self.public_ipv4 = f"203.0.113.{number}" if 4 in families else None
+        self.public_ipv6 = f"203:0:113::{number}" if 6 in families else None
+        self._hosts = 0
+        lab.plug(self, "internet", self.public_ipv4, self.public_ipv6)
+        self.sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        self.ip("link", "add", "lan", "type", "bridge")
+        if 4 in families:
+            self.ip("addr", "add", f"172.{number}.0.254/24", "dev", "lan")
+        if 6 in families:
+            self.ip("addr", "add", f"172:{number}::254/64", "dev", "lan", "nodad")
+        self.ip("link", "set", "lan", "up")
+        if nat != "none":
+            self._masquerade("random,fully-random" if nat == "symmetric" else "")
+        else:
+            lab.announce(self)
+
+    def attach(self, host: Host) -> None:
+        """Give a host an address and the routes to the internet, and nowhere else."""
+        self._hosts += 1
+        last = 99 + self._hosts
+        port = f"lan{self._hosts}"
+        link(host, host.device, self, port)
+        self.ip("link", "set", port, "master", "lan")
+        if 4 in self.families:
+            host.ipv4 = f"172.{self.number}.0.{last}"
+            host.ip("addr", "add", f"{host.ipv4}/24", "dev", host.device)
+            host.ip("route", "add", INTERNET_V4, "via", f"172.{self.number}.0.254")
+        if 6 in self.families:
+            host.ipv6 = f"172:{self.number}::{last}"
+            host.ip("addr", "add", f"{host.ipv6}/64", "dev", host.device, "nodad")
+            host.ip("route", "add", INTERNET_V6, "via", f"172:{self.number}::254")
+
+    def block_udp(self, *but_to: str) -> None:
+        """Drop all UDP that is not to or from these addresses: what a strict firewall does to direct paths."""
+        v4 = [a for a in but_to if ":" not in a]
+        v6 = [a for a in but_to if ":" in a]
+        allowed = [
+            f"{family} {way} {{ {', '.join(ips)} }} accept"
+            for family, ips in (("ip", v4), ("ip6", v6))
+            if ips
+            for way in ("saddr", "daddr")
+        ]
+        chain = "\n".join([*allowed, "meta l4proto udp drop"])
+        self.nft(
+            "table inet block {\nchain forward {\ntype filter hook forward priority -10; policy accept\n"
+            f"{chain}\n}}\n}}"
+        )
+
+    def unblock_udp(self) -> None:
+        """Undo `block_udp`."""
+        self.nft("table inet block\ndelete table inet block")
+
+    def _masquerade(self, mode: str) -> None:
+        self.nft(
+            f"""table inet nat {{
+              chain postrouting {{
+                type nat hook postrouting priority srcnat
+                oifname "internet" masquerade {mode}
+              }}
+              chain forward {{
+                type filter hook forward priority filter; policy accept
+                iifname "internet" ct state established,related accept
+                iifname "internet" drop
+              }}
+            }}"""
+        )
+
+
+class Lab:
+    """Builds namespaces and removes them. Use it as a context manager."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        missing = [name for name in ("ip", "nft", "tc", "sysctl") if shutil.which(name) is None]
+        if missing:
+            raise LabError(f"programs are missing: {', '.join(missing)}; run 'make system-packages'")
+        if os.geteuid() != 0:
+            raise LabError("network namespaces need root: run as root")
+        self._own_folder = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="fz-lab-"))
+        self.namespaces: list[Namespace] = []
+        self.processes: list[Process] = []
+        self._routers: list[Router] = []
+        self._ports = 0
+
+    def __enter__(self) -> Lab:
+        try:
+            self.internet = Namespace(self, "internet")
+            self.internet.ip("link", "add", BRIDGE, "type", "bridge")
+            self.internet.ip("link", "set", BRIDGE, "up")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every program and remove every namespace; harmless when repeated."""
+        for process in reversed(self.processes):
+            process.kill()
+        self.processes.clear()
+        for namespace in reversed(self.namespaces):
+            run(["ip", "netns", "del", namespace.netns], check=False)
+            shutil.rmtree(Path("/etc/netns") / namespace.netns, ignore_errors=True)
+        self.namespaces.clear()
+        if self._own_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def router(self, name: str, number: int, *, nat: str = "cone", families: tuple[int, ...] = (4, 6)) -> Router:
+        """A router with the outer address 203.0.113.<number> and the local network 172.<number>.0.0/24."""
+        router = Router(self, name, number, nat, families)
+        self._routers.append(router)
+        return router
+
+    def host(self, name: str, router: Router) -> Host:
+        """A machine behind a router."""
+        host = Host(self, name)
+        router.attach(host)
+        return host
+
+    def public_host(self, name: str, number: int, *, families: tuple[int, ...] = (4, 6)) -> Host:
+        """A machine on the internet itself, 203.0.113.<number>."""
+        host = Host(self, name)
+        host.ipv4 = f"203.0.113.{number}" if 4 in families else None
+        host.ipv6 = f"203:0:113::{number}" if 6 in families else None
+        self.plug(host, host.device, host.ipv4, host.ipv6)
+        return host
+
+    def private_network(self, gateway: Host, host: str, number: int) -> Host:
+        """A machine only `gateway` can reach, 10.<number>.0.80 and fd<number>::80; the gateway masquerades for it."""
+        server = Host(self, host)
+        device = f"lan{number}"
+        link(server, server.device, gateway, device)
+        gateway.ip("addr", "add", f"10.{number}.0.1/24", "dev", device)
+        gateway.ip("addr", "add", f"fd{number}::1/64", "dev", device, "nodad")
+        server.ipv4, server.ipv6 = f"10.{number}.0.80", f"fd{number}::80"
+        server.ip("addr", "add", f"{server.ipv4}/24", "dev", server.device)
+        server.ip("addr", "add", f"{server.ipv6}/64", "dev", server.device, "nodad")
+        gateway.sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        gateway.nft(
+            f"""table inet masquerade{number} {{
+              chain postrouting {{
+                type nat hook postrouting priority srcnat
+                ip saddr 100.64.0.0/11 oifname "{device}" masquerade
+                ip6 saddr fd00:2021:1111::/107 oifname "{device}" masquerade
+              }}
+            }}"""
+        )
+        return server
+
+    def plug(self, namespace: Namespace, device: str, ipv4: str | None, ipv6: str | None) -> None:
+        """Connect a namespace to the internet."""
+        self._ports += 1
+        port = f"port{self._ports}"
+        link(namespace, device, self.internet, port)
+        self.internet.ip("link", "set", port, "master", BRIDGE)
+        if ipv4 is not None:
+            namespace.ip("addr", "add", f"{ipv4}/24", "dev", device)
+        if ipv6 is not None:
+            namespace.ip("addr", "add", f"{ipv6}/64", "dev", device, "nodad")
+
+    def announce(self, router: Router) -> None:
+        """Without NAT, everybody on the internet needs a route to the network behind the router."""
+        for namespace in self.namespaces:
+            if isinstance(namespace, Router) and namespace is not router or isinstance(namespace, Host):
+                for ip, network in ((router.public_ipv4, f"172.{router.number}.0.0/24"),):
+                    if ip is not None:
+                        run(["ip", "-n", namespace.netns, "route", "add", network, "via", ip], check=False)
+
+
+def link(a: Namespace, device_a: str, b: Namespace, device_b: str) -> None:
+    """A cable between two namespaces, both ends up."""
+    run(["ip", "link", "add", device_a, "netns", a.netns, "type", "veth", "peer", "name", device_b, "netns", b.netns])
+    for namespace, device in ((a, device_a), (b, device_b)):
+        namespace.ip("link", "set", device, "txqueuelen", "10000", "up")
