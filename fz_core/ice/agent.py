@@ -246,9 +246,7 @@ class Agent:
             return is_addressed_to(message, self.local_credentials, self.remote_credentials)
         return message.transaction_id in self._outstanding
 
-    def handle_input(
-        self, local: Address, remote: Address, message: Message, now: float
-    ) -> DropReason | None:
+    def handle_input(self, local: Address, remote: Address, message: Message, now: float) -> DropReason | None:
         """A STUN message from a peer, received on `local` (a base of ours)."""
         if not self.accepts(message):
             return DropReason.STUN_UNEXPECTED
@@ -260,9 +258,7 @@ class Agent:
             self._settle(now)
         return drop
 
-    def _handle_request(
-        self, local: Address, remote: Address, message: Message, now: float
-    ) -> DropReason | None:
+    def _handle_request(self, local: Address, remote: Address, message: Message, now: float) -> DropReason | None:
         priority = message.priority
         if not message.check_integrity(self.local_credentials.key):
             return DropReason.STUN_UNAUTHENTICATED
@@ -311,9 +307,7 @@ class Agent:
             pair.rank(self._controlling)
             pair.is_nominated = pair.is_chosen_by_peer = False
 
-    def _handle_answer(
-        self, local: Address, remote: Address, message: Message, now: float
-    ) -> DropReason | None:
+    def _handle_answer(self, local: Address, remote: Address, message: Message, now: float) -> DropReason | None:
         pair, sent_at, was_controlling = self._outstanding[message.transaction_id]
         if not message.check_integrity(self.remote_credentials.key):
             return DropReason.STUN_UNAUTHENTICATED
@@ -328,9 +322,7 @@ class Agent:
         pair.note_answer(sent_at)
         return None
 
-    def _handle_error(
-        self, pair: Pair, message: Message, was_controlling: bool, now: float
-    ) -> DropReason | None:
+    def _handle_error(self, pair: Pair, message: Message, was_controlling: bool, now: float) -> DropReason | None:
         if message.error_code != ROLE_CONFLICT:
             return DropReason.STUN_UNEXPECTED
         if was_controlling == self._controlling:

@@ -139,6 +139,11 @@ class Allocation:
         return self._rtt
 
     @property
+    def expires_at(self) -> float | None:
+        """When the relay forgets us unless refreshed; None without an allocation."""
+        return self._expires_at
+
+    @property
     def host_addresses(self) -> tuple[Address, ...]:
         """Local addresses the relay's answers arrived on, at most one per family."""
         return tuple(self._hosts.values())
@@ -507,8 +512,6 @@ class Allocation:
             request.had_nonce = self._credentials.nonce is not None
             if request.had_nonce or not self.accept_unsigned_challenge:
                 key = self._credentials.key
-        request.datagram = build(
-            request.method, REQUEST, request.transaction_id, attributes, integrity_key=key
-        )
+        request.datagram = build(request.method, REQUEST, request.transaction_id, attributes, integrity_key=key)
         self._requests.add(request)
         self._transmits.append(Transmit(request.datagram, request.destination))

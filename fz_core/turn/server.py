@@ -297,9 +297,7 @@ class RelayServer:
                 return 400
         return None
 
-    def _execute(
-        self, message: Message, client: Address, username: str, key: bytes, now: float
-    ) -> int | None:
+    def _execute(self, message: Message, client: Address, username: str, key: bytes, now: float) -> int | None:
         if message.method == ALLOCATE:
             return self._allocate(message, client, username, key, now)
         if message.method == REFRESH:
@@ -309,9 +307,7 @@ class RelayServer:
         self._reply(message, client, SUCCESS, [], key)
         return None
 
-    def _allocate(
-        self, message: Message, client: Address, username: str, key: bytes, now: float
-    ) -> int | None:
+    def _allocate(self, message: Message, client: Address, username: str, key: bytes, now: float) -> int | None:
         known = self._state.by_client.get(client)
         if known is not None:
             if known.transaction_id != message.transaction_id:
@@ -331,9 +327,7 @@ class RelayServer:
         self._answer_allocate(message, allocation, lifetime, key)
         return None
 
-    def _answer_allocate(
-        self, message: Message, allocation: ServerAllocation, lifetime: int, key: bytes
-    ) -> None:
+    def _answer_allocate(self, message: Message, allocation: ServerAllocation, lifetime: int, key: bytes) -> None:
         transaction_id = message.transaction_id
         attributes = [self._software]
         for family in allocation.families:
@@ -436,9 +430,7 @@ class RelayServer:
         attributes: list[tuple[int, bytes]],
         key: bytes | None,
     ) -> None:
-        payload = build(
-            message.method, cls, message.transaction_id, [self._software, *attributes], integrity_key=key
-        )
+        payload = build(message.method, cls, message.transaction_id, [self._software, *attributes], integrity_key=key)
         self._commands.append(SendToClient(client, payload))
 
     # What the state reports

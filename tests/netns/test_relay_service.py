@@ -58,10 +58,10 @@ class RelayThread:
         self._token.run_sync_soon(self._scope.cancel)
         self._thread.join(10)
 
-    def client(self, family: int = 4, salt: str = "s", **more: str) -> TurnPeer:
+    def client(self, family: int = 4, salt: str = "s", *, password: str = "", **switches: bool) -> TurnPeer:
         listen = next(a for a in self.relay.listen_addresses if len(a.ip) == family)
-        username, password = relay_credentials(EXPIRY, salt, self.relay.stamp_secret)
-        return TurnPeer(listen, (username, more.get("password", password)))
+        username, right = relay_credentials(EXPIRY, salt, self.relay.stamp_secret)
+        return TurnPeer(listen, (username, password or right), **switches)
 
 
 @pytest.fixture
@@ -76,6 +76,10 @@ def test_allocate_and_talk(running: RelayThread, family: int, host: str) -> None
     client = running.client(family)
     allocate_and_talk(client, host)
     client.close()
+
+
+def test_the_dialect_for_coturn_works_here_too(running: RelayThread) -> None:
+    allocate_and_talk(running.client(accept_unsigned_challenge=True), "127.0.0.1")
 
 
 def test_refresh(running: RelayThread) -> None:

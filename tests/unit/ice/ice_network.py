@@ -51,9 +51,7 @@ class Nat:
 class Side:
     """One agent with its surroundings."""
 
-    def __init__(
-        self, name: str, agent: Agent, host: Address, nat: Nat | None, relay: Address | None
-    ) -> None:
+    def __init__(self, name: str, agent: Agent, host: Address, nat: Nat | None, relay: Address | None) -> None:
         self.name = name
         self.agent = agent
         self.host = host
@@ -98,9 +96,7 @@ class Network:
         credentials = (Credentials("aaaa", "a" * 22), Credentials("bbbb", "b" * 22))
         sides = []
         for n in (0, 1):
-            agent = Agent(
-                credentials[n], credentials[1 - n], roles[n], self.rng.randbytes, self.now, profiles[n]
-            )
+            agent = Agent(credentials[n], credentials[1 - n], roles[n], self.rng.randbytes, self.now, profiles[n])
             kind = nats[n]
             host = Address(bytes((10, 0, n, 2)) if kind else bytes((203, 0, 113, n + 1)), 52625)
             nat = Nat(bytes((203, 0, 113, n + 1)), kind) if kind else None

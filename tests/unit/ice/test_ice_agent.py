@@ -198,9 +198,7 @@ def controlled() -> Agent:
 def test_a_check_from_an_unknown_address_makes_a_peer_reflexive_candidate() -> None:
     agent = controlled()
     assert agent.handle_input(LOCAL, REMOTE, request_to_a(), 0.0) is None
-    assert [(c.kind, c.address, c.priority) for c in agent.remote_candidates] == [
-        (CandidateKind.PRFLX, REMOTE, 77)
-    ]
+    assert [(c.kind, c.address, c.priority) for c in agent.remote_candidates] == [(CandidateKind.PRFLX, REMOTE, 77)]
     answer, check = agent.poll_transmit(), agent.poll_transmit()
     assert answer is not None
     assert check is not None

@@ -59,8 +59,7 @@ def test_text_of_the_sheet_is_understood() -> None:
 def test_announced_text() -> None:
     relay = Candidate.relay(PUBLIC6, False)
     assert relay.to_sdp("ab2c") == (
-        f"candidate:{relay.foundation} 1 udp 37748735 2001:db8::60 57114 typ relay "
-        "raddr :: rport 0 ufrag ab2c"
+        f"candidate:{relay.foundation} 1 udp 37748735 2001:db8::60 57114 typ relay raddr :: rport 0 ufrag ab2c"
     )
     host = Candidate.host(HOST4)
     assert host.to_sdp() == f"candidate:{host.foundation} 1 udp 2130706175 192.168.1.5 52625 typ host"
@@ -136,8 +135,7 @@ def test_iceless_check_values() -> None:
     assert host == "candidate:3980819833808343013 1 udp 2130706431 127.0.0.1 1234 typ host"
     srflx = to_iceless_sdp(CandidateKind.SRFLX, loopback, base)
     assert srflx == (
-        "candidate:16447672801229755014 1 udp 1694498815 127.0.0.1 1234 typ srflx "
-        "raddr 192.168.1.5 rport 1234"
+        "candidate:16447672801229755014 1 udp 1694498815 127.0.0.1 1234 typ srflx raddr 192.168.1.5 rport 1234"
     )
     relay = to_iceless_sdp(CandidateKind.RELAY, loopback, base)
     assert relay.startswith("candidate:453059077433216087 1 udp 16777215 ")
@@ -203,9 +201,7 @@ def test_usable_ipv4(host: str, usable: bool) -> None:
     assert is_usable(Address.parse(f"{host}:1").ip) is usable
 
 
-@pytest.mark.parametrize(
-    ("host", "usable"), [("2001:db8::1", True), ("::1", True), ("ff02::1", False), ("::", False)]
-)
+@pytest.mark.parametrize(("host", "usable"), [("2001:db8::1", True), ("::1", True), ("ff02::1", False), ("::", False)])
 def test_usable_ipv6(host: str, usable: bool) -> None:
     assert is_usable(Address.parse(f"[{host}]:1").ip) is usable
 

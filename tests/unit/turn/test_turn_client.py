@@ -97,9 +97,7 @@ class Scene:
             attributes += [(REALM, b"firezone"), (NONCE, nonce.encode())]
         self.answer(request, 3, attributes, **more)
 
-    def answer_allocate(
-        self, request: Message, *addresses: Address, lifetime: int = 600, **more: Any
-    ) -> None:
+    def answer_allocate(self, request: Message, *addresses: Address, lifetime: int = 600, **more: Any) -> None:
         relayed = [(RELAYED, xor_address_value(a, request.transaction_id)) for a in addresses]
         self.answer(request, 2, [*relayed, (LIFETIME, u32_value(lifetime))], **more)
 

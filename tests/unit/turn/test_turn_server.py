@@ -118,9 +118,7 @@ class Relay:
             (0x15, (nonce or self.nonces[client]).encode()),
         )
         key = long_term_key(username, "firezone", password)
-        reply = self.ask(
-            client, build(method, 0, txid or self.rng.randbytes(12), attributes, integrity_key=key)
-        )
+        reply = self.ask(client, build(method, 0, txid or self.rng.randbytes(12), attributes, integrity_key=key))
         assert reply is not None
         right = long_term_key(username, "firezone", relay_password(expiry, salt, SECRET))
         assert reply.check_integrity(right)
@@ -181,9 +179,7 @@ def test_expiry_and_secret(expiry: int, secret: str, code: int | None) -> None:
     assert code_of(relay.request(CLIENT, ALLOCATE, UDP4, expiry=expiry, secret=secret)) == code
 
 
-@pytest.mark.parametrize(
-    "username", [b"nocolon", b"1:2:3", b"x:y", b":y", b"99999999999999999999:y", b"\xff:x"]
-)
+@pytest.mark.parametrize("username", [b"nocolon", b"1:2:3", b"x:y", b":y", b"99999999999999999999:y", b"\xff:x"])
 def test_a_malformed_username_gets_no_signed_reply(username: bytes) -> None:
     relay = Relay()
     data = build(ALLOCATE, 0, bytes(12), [UDP4, (0x06, username)], integrity_key=b"k")
@@ -405,9 +401,7 @@ def test_ports_that_do_not_open_are_passed_over() -> None:
 
 
 # 13
-@pytest.mark.parametrize(
-    ("wish", "peer", "ip"), [(WANT4, PEER, IP4), (WANT6, PEER6, IP6), (DUAL, PEER6, IP4)]
-)
+@pytest.mark.parametrize(("wish", "peer", "ip"), [(WANT4, PEER, IP4), (WANT6, PEER6, IP6), (DUAL, PEER6, IP4)])
 def test_ping_pong(wish: tuple[int, bytes], peer: Address, ip: bytes) -> None:
     relay = Relay()
     relayed = relay.allocate(CLIENT, wish, (0x0D, u32_value(3600)))
@@ -498,9 +492,7 @@ def test_binding_without_an_allocation() -> None:
     assert Relay().bind(CLIENT, 0x4000, PEER) == 437
 
 
-@pytest.mark.parametrize(
-    "peer", ["127.0.0.1:5", "224.0.0.1:5", "0.0.0.0:5", "192.0.2.1:0", "198.51.100.1:3478"]
-)
+@pytest.mark.parametrize("peer", ["127.0.0.1:5", "224.0.0.1:5", "0.0.0.0:5", "192.0.2.1:0", "198.51.100.1:3478"])
 def test_peers_that_are_refused(peer: str) -> None:
     relay = Relay()
     relay.allocate(CLIENT)
@@ -553,9 +545,7 @@ def test_random_input_is_survived() -> None:
     rng = random.Random(8)
     relay.allocate(CLIENT)
     for _ in range(5000):
-        data = bytearray(
-            build(rng.choice((1, 3, 4, 8, 9)), 0, rng.randbytes(12), [UDP4, (0x0C, rng.randbytes(4))])
-        )
+        data = bytearray(build(rng.choice((1, 3, 4, 8, 9)), 0, rng.randbytes(12), [UDP4, (0x0C, rng.randbytes(4))]))
         for _ in range(rng.randrange(4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         relay.server.handle_client_input(CLIENT, data, relay.now)
@@ -567,9 +557,7 @@ def test_random_input_is_survived() -> None:
 def test_unauthenticated_replies_are_bounded_per_source() -> None:
     relay = Relay()
     for port in range(1, 3000):
-        relay.server.handle_client_input(
-            Address(CLIENT.ip, port), build(BINDING, 0, bytes(12), []), relay.now
-        )
+        relay.server.handle_client_input(Address(CLIENT.ip, port), build(BINDING, 0, bytes(12), []), relay.now)
     relay.drain()
     assert len(relay.commands) == 1000
     relay.now += 1
