@@ -39,7 +39,7 @@ class UdpPort:
         self.routes: dict[SockAddr, tuple[UdpPort, SockAddr, int]] = {}
         self.dropped = 0
         self._on_queue = on_queue
-        self._queue: deque[tuple[list[bytes], int, SockAddr]] = deque()
+        self._queue: deque[tuple[bytes, int, SockAddr]] = deque()
         self._plain: set[SockAddr] = set()
         self._sock = socket.socket(kind, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
@@ -99,59 +99,64 @@ class UdpPort:
         if self._queue:
             self._enqueue(parts, segment, destination)
             return
-        try:
-            self._send_now(parts, count, segment, destination)
-        except OSError as error:
-            if error.errno in WOULD_BLOCK:
-                self._enqueue(parts, segment, destination)
-            else:
-                self.dropped += count
+        rest = self._send_now(parts, count, segment, destination)
+        if rest:
+            self._enqueue(rest, segment, destination)
 
-    def _send_now(self, parts: list[Any], count: int, segment: int, destination: SockAddr) -> None:
-        if count == 1:
-            if len(parts) == 1:
+    def _send_now(self, parts: list[Any], count: int, segment: int, destination: SockAddr) -> list[Any]:
+        """What the kernel did not take for now; what it refuses is counted as dropped."""
+        try:
+            if count == 1 and len(parts) == 1:
                 self._sock.sendto(parts[0], destination)
-            else:
+            elif count == 1:
                 self._sock.sendmsg(parts, (), 0, destination)
-            return
-        if destination in self._plain:
-            self._send_singly(parts, segment, destination)
-            return
-        try:
-            control = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", segment))]
-            self._sock.sendmsg(parts, control, 0, destination)
+            elif destination in self._plain:
+                return self._send_singly(parts, segment, destination)
+            else:
+                control = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", segment))]
+                self._sock.sendmsg(parts, control, 0, destination)
         except OSError as error:
             if error.errno in WOULD_BLOCK:
-                raise
-            if len(self._plain) >= MAX_PLAIN_DESTINATIONS:
-                self._plain.clear()
-            self._plain.add(destination)
-            self._send_singly(parts, segment, destination)
+                return parts
+            if count > 1:
+                return self._give_up_segments(parts, segment, destination)
+            self.dropped += 1
+        return []
 
-    def _send_singly(self, parts: list[Any], segment: int, destination: SockAddr) -> None:
+    def _give_up_segments(self, parts: list[Any], segment: int, destination: SockAddr) -> list[Any]:
+        if len(self._plain) >= MAX_PLAIN_DESTINATIONS:
+            self._plain.clear()
+        self._plain.add(destination)
+        return self._send_singly(parts, segment, destination)
+
+    def _send_singly(self, parts: list[Any], segment: int, destination: SockAddr) -> list[Any]:
         data = b"".join(parts)
         for at in range(0, len(data), segment):
-            self._sock.sendto(data[at : at + segment], destination)
+            try:
+                self._sock.sendto(data[at : at + segment], destination)
+            except OSError as error:
+                if error.errno in WOULD_BLOCK:
+                    return [data[at:]]
+                self.dropped += 1
+        return []
 
     def _enqueue(self, parts: list[Any], segment: int, destination: SockAddr) -> None:
         if len(self._queue) >= MAX_QUEUE:
             self.dropped += 1
             return
-        self._queue.append(([b"".join(parts)], segment, destination))
+        self._queue.append((b"".join(parts), segment, destination))
         if len(self._queue) == 1:
             self._on_queue(self)
 
     def flush(self) -> None:
         """Send what waits, as far as the kernel takes it."""
         while self._queue:
-            parts, segment, destination = self._queue[0]
-            count = max(1, -(-len(parts[0]) // segment)) if segment else 1
-            try:
-                self._send_now(parts, count, segment, destination)
-            except OSError as error:
-                if error.errno in WOULD_BLOCK:
-                    return
-                self.dropped += count
+            data, segment, destination = self._queue[0]
+            count = max(1, -(-len(data) // segment)) if segment else 1
+            rest = self._send_now([data], count, segment, destination)
+            if rest:
+                self._queue[0] = (rest[0], segment, destination)
+                return
             self._queue.popleft()
 
 

@@ -1,9 +1,10 @@
 from collections.abc import Iterable
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from fz_core.packet import Address, DropReason
 
+@disjoint_base
 class Message:
     data: bytes
     method: int

@@ -1,7 +1,8 @@
 """STUN messages: parse once into a table of attributes, read values on demand, build.
 
 Layout: type 2, length 2, magic cookie 4, transaction id 12, then attributes of type 2, length 2, value, padding to 4.
-All numbers big-endian. Sources: RFC 8489 sections 5 and 14, RFC 8656 section 18, spec/connectivity.md sections 3.2 and 5.3.
+All numbers big-endian. Sources: RFC 8489 sections 5 and 14, RFC 8656 section 18, spec/connectivity.md
+sections 3.2 and 5.3.
 
 Not here: who may ask what (turn/, ice/), and the old RFC 3489 form without a cookie.
 
