@@ -15,7 +15,7 @@ import structlog
 from fz_core.driver import ConfigError, Role, TunnelConfig, TunnelFailed, serve
 from fz_core.driver.health import HealthServer
 from fz_core.driver.logs import LogFilterError, configure
-from fz_core.driver.options import OptionParser, duration, socket_address, url
+from fz_core.driver.options import OptionParser, duration, hide_argument, socket_address, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, has_net_admin, raise_socket_buffers
 
 PROGRAM = "firezone-gateway"
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = parser().parse_args(arguments)
-    hide_token(arguments, options.token)
+    hide_argument("fz_gateway", arguments, options.token, "FIREZONE_TOKEN")
     if not options.no_check and not has_net_admin():
         print(
             f"{PROGRAM}: needs root or the capability CAP_NET_ADMIN\n"
@@ -101,18 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.error(str(error))
         sys.exit(1)
     log.info("Goodbye")
-
-
-def hide_token(arguments: list[str], token: str | None) -> None:
-    """Start over with the token in the environment, where `ps` does not show it."""
-    if token is not None and token in arguments:
-        rest = [a for a in arguments if a != token]
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "fz_gateway", *rest],
-            {**os.environ, "FIREZONE_TOKEN": token},
-        )
-    os.environ.pop("FIREZONE_TOKEN", None)
 
 
 def credential() -> str:

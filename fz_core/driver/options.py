@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -70,6 +71,14 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
+
+
+def hide_argument(module: str, arguments: list[str], value: str | None, variable: str) -> None:
+    """Start over with a secret argument moved into the environment, where `ps` does not show it."""
+    if value is not None and value in arguments:
+        rest = [a for a in arguments if a != value]
+        os.execve(sys.executable, [sys.executable, "-m", module, *rest], {**os.environ, variable: value})
+    os.environ.pop(variable, None)
 
 
 def boolean(text: str) -> bool:

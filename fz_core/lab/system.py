@@ -1,0 +1,303 @@
+"""A whole system in a lab: portal, relays, gateways with a web server behind them, clients.
+
+Every program may be ours or another one with the same command line, so that mixes can be tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fz_core.lab.processes import LabError, Process
+from fz_core.lab.topology import Host, Lab, Router
+from fz_core.lab.webserver import document_digest
+
+PORTAL_PORT = 8081
+RESOURCE_NET, RESOURCE_NET6 = "10.20.0.0/24", "fd20::/64"
+QUIET = {"FIREZONE_NO_TELEMETRY": "true", "RUST_LOG": "info", "PYTHONUNBUFFERED": "1"}
+
+
+def ours(module: str) -> tuple[str, ...]:
+    """The command line of one of our programs, of this very tree."""
+    return (sys.executable, "-m", module)
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """Which programs play which part. The official ones take the same arguments and variables."""
+
+    gateway: tuple[str, ...] = ours("fz_gateway")
+    client: tuple[str, ...] = ours("fz_headless")
+    relay: tuple[str, ...] = ours("fz_core.commands.relay")
+    portal: tuple[str, ...] = ours("fz_core.commands.portal")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Where the two ends stand. Families are 4 and 6."""
+
+    client_nat: str = "cone"
+    gateway_nat: str = "cone"
+    client_families: tuple[int, ...] = (4, 6)
+    gateway_families: tuple[int, ...] = (4, 6)
+    relay_families: tuple[int, ...] = (4, 6)
+    relays: int = 1
+    delay_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What `curl` saw."""
+
+    status: int
+    bytes: int
+    first_byte_s: float
+    total_s: float
+    digest: str
+
+    @property
+    def mbit_s(self) -> float:
+        """Mean throughput."""
+        return self.bytes * 8 / self.total_s / 1e6 if self.total_s else 0.0
+
+
+@dataclass
+class Member:
+    """A gateway or client: its machine and its program."""
+
+    name: str
+    host: Host
+    router: Router
+    process: Process
+    env: Mapping[str, str]
+    command: tuple[str, ...]
+    runs: int = 1
+    logs: list[Path] = field(default_factory=list)
+
+
+class System:
+    """Builds everything inside a lab, one part at a time or all at once with `start`."""
+
+    def __init__(self, lab: Lab, programs: Programs | None = None, shape: Shape | None = None) -> None:
+        self.lab, self.programs, self.shape = lab, programs or Programs(), shape or Shape()
+        self.gateways: list[Member] = []
+        self.clients: list[Member] = []
+        self.relays: list[Process] = []
+        self._tokens = {name: secrets.token_hex(20) for name in ("gateway", "client", "relay")}
+        self._policy = lab.folder / "policy.toml"
+        self.resources = {"net": RESOURCE_NET, "net6": RESOURCE_NET6}
+        self.allowed = {"net", "net6"}
+        self.expires_in: int | None = None
+
+    def start(self) -> None:
+        """One gateway and one client, ready to talk."""
+        self.start_portal()
+        for number in range(self.shape.relays):
+            self.start_relay(number)
+        self.add_gateway("gateway", 31)
+        self.add_client("client", 30)
+
+    # parts
+
+    def start_portal(self) -> None:
+        """The portal on its own machine."""
+        self.portal_host = self.lab.public_host("portal", 10)
+        self.write_policy()
+        self.portal = self._spawn_portal()
+        self._wait_until_portal_serves()
+
+    def _spawn_portal(self) -> Process:
+        state = self.lab.folder / "portal.sqlite"
+        listen = f"[::]:{PORTAL_PORT}"
+        return self.portal_host.spawn(
+            "portal",
+            [*self.programs.portal, "--policy", str(self._policy), "--state", str(state), "--listen", listen],
+            QUIET,
+        )
+
+    def restart_portal(self) -> None:
+        """Kill the portal and start it again on the same state."""
+        self.portal.kill()
+        self.portal = self._spawn_portal()
+        self._wait_until_portal_serves()
+
+    def _wait_until_portal_serves(self) -> None:
+        url = f"http://127.0.0.1:{PORTAL_PORT}/healthz"
+        self._until(lambda: self.portal_host.run("curl", "-sf", url, check=False).returncode == 0, "the portal")
+
+    def reload_policy(self) -> None:
+        """Make the portal read the policy anew."""
+        self.write_policy()
+        self.portal.send_signal(signal.SIGHUP)
+
+    def write_policy(self) -> None:
+        """The policy file, from what this object allows."""
+        resources = "".join(
+            f'[[resources]]\nname = "{name}"\ntype = "cidr"\naddress = "{address}"\nsite = "lab"\n'
+            for name, address in self.resources.items()
+        )
+        limit = "" if self.expires_in is None else f"expires_in = {self.expires_in}\n"
+        policies = "".join(
+            f'[[policies]]\ngroup = "everyone"\nresource = "{name}"\n{limit}' for name in sorted(self.allowed)
+        )
+        self._policy.write_text(
+            f'account = "lab"\n[[sites]]\nname = "lab"\n'
+            f'[[gateways]]\nsite = "lab"\ntoken = "{self._tokens["gateway"]}"\n'
+            f'[[clients]]\nname = "tester"\ntoken = "{self._tokens["client"]}"\n'
+            f'[relay]\ntoken = "{self._tokens["relay"]}"\n{resources}{policies}'
+        )
+        self._policy.chmod(0o600)
+
+    def start_relay(self, number: int) -> None:
+        """A relay on a machine of its own."""
+        families = self.shape.relay_families
+        host = self.lab.public_host(f"relay{number}", 101 + number, families=families)
+        env = {**QUIET, "FIREZONE_TOKEN": self._tokens["relay"], "FIREZONE_API_URL": self.api_url(families)}
+        if host.ipv4 is not None:
+            env["PUBLIC_IP4_ADDR"] = host.ipv4
+        if host.ipv6 is not None:
+            env["PUBLIC_IP6_ADDR"] = host.ipv6
+        relay = host.spawn(f"relay{number}", self.programs.relay, env)
+        self.relays.append(relay)
+        probe = ("curl", "-sf", "http://127.0.0.1:8080/readyz")
+        self._until(lambda: host.run(*probe, check=False).returncode == 0, f"relay {number}", relay)
+
+    def add_gateway(self, name: str, number: int) -> Member:
+        """A gateway behind a router of its own, with a web server only it can reach."""
+        shape = self.shape
+        router = self.lab.router(f"{name}-router", number, nat=shape.gateway_nat, families=shape.gateway_families)
+        host = self.lab.host(name, router)
+        server = self.lab.private_network(host, f"{name}-web", 20)
+        server.spawn(f"{name}-web", ours("fz_core.lab.webserver")).wait_for_line("serving")
+        member = self._member(name, host, router, self.programs.gateway, "gateway", shape.gateway_families)
+        self.gateways.append(member)
+        return member
+
+    def add_client(self, name: str, number: int) -> Member:
+        """A client behind a router of its own."""
+        shape = self.shape
+        router = self.lab.router(f"{name}-router", number, nat=shape.client_nat, families=shape.client_families)
+        host = self.lab.host(name, router)
+        command = (*self.programs.client, "--dns-control", "disabled", "standalone")
+        member = self._member(name, host, router, command, "client", shape.client_families)
+        self.clients.append(member)
+        return member
+
+    def _member(
+        self, name: str, host: Host, router: Router, command: tuple[str, ...], role: str, families: tuple[int, ...]
+    ) -> Member:
+        if self.shape.delay_ms:
+            for device in ("internet", "lan"):
+                router.delay(device, self.shape.delay_ms / 2)
+        env = {
+            **QUIET,
+            "FIREZONE_TOKEN": self._tokens[role],
+            "FIREZONE_API_URL": self.api_url(families),
+            "FIREZONE_ID": f"{name}-id",
+            "FIREZONE_NAME": name,
+            "FZFF_ICMP_ERROR_UNREACHABLE_PROHIBITED_CREATE_NEW_FLOW": "true",
+        }
+        host.write_etc("resolv.conf", "nameserver 127.0.0.53\n")
+        host.write_etc("hosts", self._hosts(families))
+        process = host.spawn(name, command, env)
+        member = Member(name, host, router, process, env, command, logs=[process.log])
+        self.wait_until_up(member)
+        return member
+
+    def _hosts(self, families: Sequence[int]) -> str:
+        lines = ["127.0.0.1 localhost"]
+        if 4 in families:
+            lines.append(f"{self.portal_host.ipv4} portal")
+        if 6 in families:
+            lines.append(f"{self.portal_host.ipv6} portal")
+        return "\n".join(lines) + "\n"
+
+    def api_url(self, families: Sequence[int]) -> str:
+        """Where the portal is for a machine of these families."""
+        return f"ws://{self.portal_host.ipv4 if 4 in families else 'portal'}:{PORTAL_PORT}"
+
+    def wait_until_up(self, member: Member) -> None:
+        """Until its device has an address."""
+
+        def has_address() -> bool:
+            shown = member.host.run("ip", "-j", "addr", "show", "dev", "tun-firezone", check=False)
+            return shown.returncode == 0 and bool(json.loads(shown.stdout)[0].get("addr_info"))
+
+        self._until(has_address, f"the tunnel device of {member.name}", member.process)
+
+    def restart(self, member: Member, *, kill: bool = False) -> None:
+        """Stop a program, or kill it, and start it again."""
+        if kill:
+            member.process.kill()
+        else:
+            member.process.stop()
+        member.runs += 1
+        member.process = member.host.spawn(f"{member.name}-{member.runs}", member.command, member.env)
+        member.logs.append(member.process.log)
+        self.wait_until_up(member)
+
+    # use
+
+    def fetch(self, megabytes: float, *, client: int = 0, family: int = 4, timeout: float = 60.0) -> Fetch:
+        """Fetch the document through the tunnel and check it. LabError if it does not come."""
+        count = int(megabytes * 1_000_000)
+        target = "10.20.0.80" if family == 4 else "[fd20::80]"
+        report = "%{http_code} %{size_download} %{time_starttransfer} %{time_total}"
+        path = self.lab.folder / f"download-{client}"
+        result = self.clients[client].host.run(
+            "curl", "-sS", "--max-time", str(timeout), "-o", str(path), "-w", report,
+            f"http://{target}/bytes?num={count}", check=False, timeout=timeout + 5,
+        )  # fmt: skip
+        if result.returncode != 0:
+            raise LabError(f"curl failed with {result.returncode}: {result.stderr.strip()}")
+        status, size, first, total = result.stdout.split()
+        fetched = Fetch(int(status), int(size), float(first), float(total), _digest(path))
+        if fetched.digest != document_digest(count):
+            raise LabError(f"the checksum of {size} bytes is wrong")
+        return fetched
+
+    def path_of(self, client: int = 0) -> str:
+        """`direct` or `relayed`, as our client logged its last choice; `unknown` for other programs."""
+        for line in reversed(self.clients[client].process.output.splitlines()):
+            if "PathInUse" in line:
+                return "relayed" if "relayed=True" in line else "direct"
+        return "unknown"
+
+    def block_direct(self) -> None:
+        """Routers of both ends let UDP pass to relays only."""
+        relays = [f"203.0.113.{101 + n}" for n in range(self.shape.relays)]
+        relays += [f"203:0:113::{101 + n}" for n in range(self.shape.relays)]
+        for member in (*self.gateways, *self.clients):
+            member.router.block_udp(*relays)
+
+    def warnings(self) -> list[str]:
+        """Lines of gateways and clients that say WARN or ERROR."""
+        return [
+            f"{member.name}: {line}"
+            for member in (*self.gateways, *self.clients)
+            for log in member.logs
+            for line in log.read_text(errors="replace").splitlines()
+            if " WARN " in line or " ERROR " in line or "Traceback" in line
+        ]
+
+    def _until(
+        self, condition: Callable[[], bool], what: str, process: Process | None = None, timeout: float = 15.0
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            dead = process is not None and not process.is_running
+            if dead or time.monotonic() > deadline:
+                raise LabError(f"{what} did not come up:\n{process.tail() if process else self.portal.tail()}")
+            time.sleep(0.02)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
