@@ -1,246 +1,280 @@
-"""The parts of a lab: the internet segment, routers, hosts, and private networks behind gateways.
+"""An internet in network namespaces: hosts, routers with NAT flavours, latency and loss.
 
-Addresses follow spec/binaries.md 12.1: everything public is in 203.0.113.0/24 and 203:0:113::/64, and hosts
-have routes to these two networks only, no default route.
+    with Lab() as lab:
+        portal = lab.public_host("portal", 10)
+        office = lab.router("office", 30, nat="symmetric")
+        laptop = lab.host("laptop", office)
+        laptop.run("ping", "-c1", portal.ipv4)
+
+Everything is named after this process and removed on the way out, also after a failure.
+Addresses as in `spec/binaries.md` §12.1: the internet is 203.0.113.0/24 and 203:0:113::/64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from enum import Enum
-from ipaddress import IPv4Network, IPv6Network
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
-from fz_core.lab.nat import INSIDE, OUTSIDE, Nat, gateway_ruleset, ruleset
-from fz_core.lab.namespace import Namespace
+from fz_core.lab.processes import LabError, Process, run
 
-INTERNET_V4 = IPv4Network("203.0.113.0/24")
-INTERNET_V6 = IPv6Network("203:0:113::/64")
-ROUTER_NUMBER, HOST_NUMBER = 254, 100
-BRIDGE = "segment"
-QUEUE_LENGTH = 100_000
-
-
-class Underlay(Enum):
-    """The families a part of the network has."""
-
-    V4 = "v4"
-    V6 = "v6"
-    DUAL = "dual"
-
-    @property
-    def has_ipv4(self) -> bool:
-        """Whether IPv4 is there."""
-        return self is not Underlay.V6
-
-    @property
-    def has_ipv6(self) -> bool:
-        """Whether IPv6 is there."""
-        return self is not Underlay.V4
+BRIDGE = "internet"
+INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
+NAT_FLAVOURS = ("none", "cone", "symmetric")
+SYSCTLS = (
+    "net.ipv6.conf.all.disable_ipv6=0",
+    "net.ipv6.conf.default.accept_dad=0",
+    "net.ipv6.conf.all.accept_dad=0",
+    "net.ipv4.conf.all.rp_filter=0",
+    "net.ipv4.conf.default.rp_filter=0",
+)
 
 
-class Segment:
-    """A switch in a namespace of its own."""
+class Namespace:
+    """A network namespace with the programs in it."""
 
-    def __init__(self, namespace: Namespace, v4: IPv4Network | None, v6: IPv6Network | None) -> None:
-        self.namespace, self.v4, self.v6 = namespace, v4, v6
-        self._ports = 0
-        namespace.ip(f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
+    def __init__(self, lab: Lab, name: str) -> None:
+        self.lab, self.name, self.netns = lab, name, f"fz{os.getpid()}-{name}"
+        run(["ip", "netns", "add", self.netns])
+        lab.namespaces.append(self)
+        self.ip("link", "set", "lo", "up")
+        self.sysctl(*SYSCTLS)
 
-    def attach(self, namespace: Namespace, interface: str, number: int, underlay: Underlay) -> str:
-        """Connect a namespace, with the address of that number in each family; the name of its port."""
-        port = f"port{self._ports}"
-        self._ports += 1
-        self.namespace.ip(
-            f"link add {port} type veth peer name {interface} netns {namespace.name}",
-            f"link set {port} master {BRIDGE} up",
+    def ip(self, *arguments: str) -> None:
+        """`ip` in this namespace."""
+        run(["ip", "-n", self.netns, *arguments])
+
+    def sysctl(self, *settings: str) -> None:
+        """Set kernel parameters of this namespace."""
+        run(["ip", "netns", "exec", self.netns, "sysctl", "-qw", *settings])
+
+    def nft(self, rules: str) -> None:
+        """Load an nftables file."""
+        command = ["ip", "netns", "exec", self.netns, "nft", "-f", "-"]
+        result = subprocess.run(command, input=rules, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise LabError(f"nft in {self.name}: {result.stderr.strip()}")
+
+    def run(self, *command: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end."""
+        return run(["ip", "netns", "exec", self.netns, *command], check=check, timeout=timeout)
+
+    def spawn(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
+        """Start a program; it is ended with the lab."""
+        log = self.lab.folder / f"{name}.log"
+        process = Process(name, ["ip", "netns", "exec", self.netns, *command], env, log)
+        self.lab.processes.append(process)
+        return process
+
+    def delay(self, device: str, milliseconds: float = 0.0, loss: float = 0.0) -> None:
+        """Delay, in one direction, and drop (percent) what leaves by this device; zeros remove both."""
+        run(["tc", "-n", self.netns, "qdisc", "del", "dev", device, "root"], check=False)
+        if milliseconds or loss:
+            settings = ["delay", f"{milliseconds}ms", "limit", "100000", *(["loss", f"{loss}%"] if loss else [])]
+            run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, "root", "netem", *settings])
+
+
+class Host(Namespace):
+    """A machine. `ipv4` and `ipv6` are None for a family it has not."""
+
+    ipv4: str | None = None
+    ipv6: str | None = None
+    device = "eth0"
+
+    def write_etc(self, name: str, text: str) -> None:
+        """Give programs in this namespace their own /etc/<name>."""
+        folder = Path("/etc/netns") / self.netns
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+class Router(Namespace):
+    """Between the internet and one local network; `public_ipv4` and `public_ipv6` are its outer addresses."""
+
+    def __init__(self, lab: Lab, name: str, number: int, nat: str, families: tuple[int, ...]) -> None:
+        if nat not in NAT_FLAVOURS:
+            raise LabError(f"unknown NAT flavour {nat!r}, use one of {', '.join(NAT_FLAVOURS)}")
+        super().__init__(lab, name)
+        self.number, self.families = number, families
+        self.public_ipv4 = f"203.0.113.{number}" if 4 in families else None
+        self.public_ipv6 = f"203:0:113::{number}" if 6 in families else None
+        self._hosts = 0
+        lab.plug(self, "internet", self.public_ipv4, self.public_ipv6)
+        self.sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        self.ip("link", "add", "lan", "type", "bridge")
+        if 4 in families:
+            self.ip("addr", "add", f"172.{number}.0.254/24", "dev", "lan")
+        if 6 in families:
+            self.ip("addr", "add", f"172:{number}::254/64", "dev", "lan", "nodad")
+        self.ip("link", "set", "lan", "up")
+        if nat != "none":
+            self._masquerade("random,fully-random" if nat == "symmetric" else "")
+        else:
+            lab.announce(self)
+
+    def attach(self, host: Host) -> None:
+        """Give a host an address and the routes to the internet, and nowhere else."""
+        self._hosts += 1
+        last = 99 + self._hosts
+        port = f"lan{self._hosts}"
+        link(host, host.device, self, port)
+        self.ip("link", "set", port, "master", "lan")
+        if 4 in self.families:
+            host.ipv4 = f"172.{self.number}.0.{last}"
+            host.ip("addr", "add", f"{host.ipv4}/24", "dev", host.device)
+            host.ip("route", "add", INTERNET_V4, "via", f"172.{self.number}.0.254")
+        if 6 in self.families:
+            host.ipv6 = f"172:{self.number}::{last}"
+            host.ip("addr", "add", f"{host.ipv6}/64", "dev", host.device, "nodad")
+            host.ip("route", "add", INTERNET_V6, "via", f"172:{self.number}::254")
+
+    def block_udp(self, *but_to: str) -> None:
+        """Drop all UDP that is not to or from these addresses: what a strict firewall does to direct paths."""
+        v4 = [a for a in but_to if ":" not in a]
+        v6 = [a for a in but_to if ":" in a]
+        allowed = [
+            f"{family} {way} {{ {', '.join(ips)} }} accept"
+            for family, ips in (("ip", v4), ("ip6", v6))
+            if ips
+            for way in ("saddr", "daddr")
+        ]
+        chain = "\n".join([*allowed, "meta l4proto udp drop"])
+        self.nft(
+            "table inet block {\nchain forward {\ntype filter hook forward priority -10; policy accept\n"
+            f"{chain}\n}}\n}}"
         )
-        namespace.ip(f"link set {interface} up", *self._addresses(interface, number, underlay))
-        return port
 
-    def addresses(self, number: int, underlay: Underlay) -> tuple[str | None, str | None]:
-        """The IPv4 and IPv6 address of a member, None for a family it lacks. .100 goes with ::100."""
-        v4 = str(self.v4[number]) if self.v4 and underlay.has_ipv4 else None
-        v6 = str(self.v6[int(str(number), 16)]) if self.v6 and underlay.has_ipv6 else None
-        return v4, v6
+    def unblock_udp(self) -> None:
+        """Undo `block_udp`."""
+        self.nft("table inet block\ndelete table inet block")
 
-    def _addresses(self, interface: str, number: int, underlay: Underlay) -> list[str]:
-        v4, v6 = self.addresses(number, underlay)
-        lines = []
-        if v4 and self.v4:
-            lines.append(f"address add {v4}/{self.v4.prefixlen} dev {interface}")
-        if v6 and self.v6:
-            lines.append(f"address add {v6}/{self.v6.prefixlen} dev {interface} nodad")
-        return lines
-
-
-class Node:
-    """Something with a namespace: a host or a router."""
-
-    def __init__(self, namespace: Namespace, v4: str | None, v6: str | None) -> None:
-        self.namespace, self.v4, self.v6 = namespace, v4, v6
-        self.run, self.spawn, self.socket = namespace.run, namespace.spawn, namespace.socket
-        self.entered, self.sysctl = namespace.entered, namespace.sysctl
-        self.write_hosts, self.write_resolv_conf = namespace.write_hosts, namespace.write_resolv_conf
-
-    @property
-    def addresses(self) -> list[str]:
-        """The addresses there are, IPv4 first."""
-        return [a for a in (self.v4, self.v6) if a]
+    def _masquerade(self, mode: str) -> None:
+        self.nft(
+            f"""table inet nat {{
+              chain postrouting {{
+                type nat hook postrouting priority srcnat
+                oifname "internet" masquerade {mode}
+              }}
+              chain forward {{
+                type filter hook forward priority filter; policy accept
+                iifname "internet" ct state established,related accept
+                iifname "internet" drop
+              }}
+            }}"""
+        )
 
 
-class Host(Node):
-    """A machine that runs programs. `v4` and `v6` are its own addresses, `interface` leads to the internet."""
+class Lab:
+    """Builds namespaces and removes them. Use it as a context manager."""
 
-    interface = "eth0"
+    def __init__(self, folder: Path | None = None) -> None:
+        missing = [name for name in ("ip", "nft", "tc", "sysctl") if shutil.which(name) is None]
+        if missing:
+            raise LabError(f"programs are missing: {', '.join(missing)}; run 'make system-packages'")
+        if os.geteuid() != 0:
+            raise LabError("network namespaces need root: run as root")
+        self._own_folder = folder is None
+        self.folder = folder or Path(tempfile.mkdtemp(prefix="fz-lab-"))
+        self.namespaces: list[Namespace] = []
+        self.processes: list[Process] = []
+        self._routers: list[Router] = []
+        self._ports = 0
 
-    def web_server(self, port: int = 80) -> str:
-        """Start `webserver.py`; the base URL under its first address."""
-        import sys
+    def __enter__(self) -> Lab:
+        try:
+            self.internet = Namespace(self, "internet")
+            self.internet.ip("link", "add", BRIDGE, "type", "bridge")
+            self.internet.ip("link", "set", BRIDGE, "up")
+        except BaseException:
+            self.close()
+            raise
+        return self
 
-        server = self.spawn(sys.executable, "-m", "fz_core.lab.webserver", "--port", str(port))
-        server.wait_for_line("listening on port")
-        return self.url(port)
-
-    def url(self, port: int = 80) -> str:
-        """The base URL under its first address."""
-        return f"http://{self.v4}:{port}" if self.v4 else f"http://[{self.v6}]:{port}"
-
-
-class PublicHost(Host):
-    """A host on the internet segment itself."""
-
-    def __init__(self, namespace: Namespace, internet: Segment, number: int, underlay: Underlay) -> None:
-        super().__init__(namespace, *internet.addresses(number, underlay))
-        self._internet = internet
-        self._port = internet.attach(namespace, self.interface, number, underlay)
-
-    def set_conditions(self, delay_ms: float = 0, loss_percent: float = 0) -> None:
-        """Round trips to here take `delay_ms` longer, half each way; each way loses `loss_percent`."""
-        impair(self.namespace, self.interface, delay_ms / 2, loss_percent)
-        impair(self._internet.namespace, self._port, delay_ms / 2, loss_percent)
-
-
-class Router(Node):
-    """Connects one private segment to the internet. `v4` and `v6` are its public addresses."""
-
-    def __init__(
-        self,
-        namespace: Namespace,
-        internet: Segment,
-        inside: Segment,
-        number: int,
-        nat: Nat,
-        underlay: Underlay,
-        udp_allowed: Collection[str],
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__init__(namespace, *internet.addresses(number, underlay))
-        self.nat, self.underlay, self.inside = nat, underlay, inside
-        self.inside_v4, self.inside_v6 = inside.addresses(ROUTER_NUMBER, underlay)
-        self._udp_allowed = tuple(udp_allowed)
-        self._forwards: dict[tuple[str, int], list[str]] = {}
-        internet.attach(namespace, OUTSIDE, number, underlay)
-        inside.attach(namespace, INSIDE, ROUTER_NUMBER, underlay)
-        enable_forwarding(namespace)
-        self._load_rules()
+        self.close()
 
-    def set_nat(self, nat: Nat, udp_allowed: Collection[str] = ()) -> None:
-        """Change the behaviour for new flows; translations in use live on. Not from or to NONE."""
-        if Nat.NONE in (nat, self.nat):
-            raise ValueError("a router without translation stays so: its hosts have public addresses")
-        self.nat, self._udp_allowed = nat, tuple(udp_allowed)
-        self._load_rules()
+    def close(self) -> None:
+        """End every program and remove every namespace; harmless when repeated."""
+        for process in reversed(self.processes):
+            process.kill()
+        self.processes.clear()
+        for namespace in reversed(self.namespaces):
+            run(["ip", "netns", "del", namespace.netns], check=False)
+            shutil.rmtree(Path("/etc/netns") / namespace.netns, ignore_errors=True)
+        self.namespaces.clear()
+        if self._own_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def forward_port(self, protocol: str, port: int, host: Host) -> None:
-        """Let the internet reach a port of a host under the router's addresses."""
-        self._forwards[protocol, port] = host.addresses
-        self._load_rules()
+    def router(self, name: str, number: int, *, nat: str = "cone", families: tuple[int, ...] = (4, 6)) -> Router:
+        """A router with the outer address 203.0.113.<number> and the local network 172.<number>.0.0/24."""
+        router = Router(self, name, number, nat, families)
+        self._routers.append(router)
+        return router
 
-    def set_conditions(self, delay_ms: float = 0, loss_percent: float = 0) -> None:
-        """Round trips through here take `delay_ms` longer, half each way; each way loses `loss_percent`."""
-        for interface in (OUTSIDE, INSIDE):
-            impair(self.namespace, interface, delay_ms / 2, loss_percent)
-
-    def _load_rules(self) -> None:
-        rules = ruleset(self.nat, self._udp_allowed, self._forwards)
-        self.namespace.nft("table inet router\ndelete table inet router\n" + rules)
-
-
-class PrivateNetwork:
-    """A network behind a gateway host, with the servers that are the resources."""
-
-    def __init__(self, gateway: Host, segment: Segment, interface: str) -> None:
-        self._segment = segment
-        segment.attach(gateway.namespace, interface, ROUTER_NUMBER, Underlay.DUAL)
-        enable_forwarding(gateway.namespace)
-        gateway.namespace.nft(gateway_ruleset(interface))
-
-    @property
-    def v4(self) -> IPv4Network | None:
-        """The IPv4 network, to be made a resource."""
-        return self._segment.v4
-
-    @property
-    def v6(self) -> IPv6Network | None:
-        """The IPv6 network, to be made a resource."""
-        return self._segment.v6
-
-    def connect(self, namespace: Namespace, number: int) -> Host:
-        """Make a namespace a server in here."""
-        host = Host(namespace, *self._segment.addresses(number, Underlay.DUAL))
-        self._segment.attach(namespace, host.interface, number, Underlay.DUAL)
+    def host(self, name: str, router: Router) -> Host:
+        """A machine behind a router."""
+        host = Host(self, name)
+        router.attach(host)
         return host
 
+    def public_host(self, name: str, number: int, *, families: tuple[int, ...] = (4, 6)) -> Host:
+        """A machine on the internet itself, 203.0.113.<number>."""
+        host = Host(self, name)
+        host.ipv4 = f"203.0.113.{number}" if 4 in families else None
+        host.ipv6 = f"203:0:113::{number}" if 6 in families else None
+        self.plug(host, host.device, host.ipv4, host.ipv6)
+        return host
 
-def connect_behind(router: Router, namespace: Namespace, number: int) -> Host:
-    """Make a namespace a host behind a router, with routes to the internet segment."""
-    if router.nat is Nat.NONE:
-        return _connect_without_nat(router, namespace, number)
-    host = Host(namespace, *router.inside.addresses(number, router.underlay))
-    router.inside.attach(namespace, host.interface, number, router.underlay)
-    namespace.ip(*_routes(router, host))
-    return host
+    def private_network(self, gateway: Host, host: str, number: int) -> Host:
+        """A machine only `gateway` can reach, 10.<number>.0.80 and fd<number>::80; the gateway masquerades for it."""
+        server = Host(self, host)
+        device = f"lan{number}"
+        link(server, server.device, gateway, device)
+        gateway.ip("addr", "add", f"10.{number}.0.1/24", "dev", device)
+        gateway.ip("addr", "add", f"fd{number}::1/64", "dev", device, "nodad")
+        server.ipv4, server.ipv6 = f"10.{number}.0.80", f"fd{number}::80"
+        server.ip("addr", "add", f"{server.ipv4}/24", "dev", server.device)
+        server.ip("addr", "add", f"{server.ipv6}/64", "dev", server.device, "nodad")
+        gateway.sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
+        gateway.nft(
+            f"""table inet masquerade{number} {{
+              chain postrouting {{
+                type nat hook postrouting priority srcnat
+                ip saddr 100.64.0.0/11 oifname "{device}" masquerade
+                ip6 saddr fd00:2021:1111::/107 oifname "{device}" masquerade
+              }}
+            }}"""
+        )
+        return server
+
+    def plug(self, namespace: Namespace, device: str, ipv4: str | None, ipv6: str | None) -> None:
+        """Connect a namespace to the internet."""
+        self._ports += 1
+        port = f"port{self._ports}"
+        link(namespace, device, self.internet, port)
+        self.internet.ip("link", "set", port, "master", BRIDGE)
+        if ipv4 is not None:
+            namespace.ip("addr", "add", f"{ipv4}/24", "dev", device)
+        if ipv6 is not None:
+            namespace.ip("addr", "add", f"{ipv6}/64", "dev", device, "nodad")
+
+    def announce(self, router: Router) -> None:
+        """Without NAT, everybody on the internet needs a route to the network behind the router."""
+        for namespace in self.namespaces:
+            if (isinstance(namespace, Router) and namespace is not router) or isinstance(namespace, Host):
+                for ip, network in ((router.public_ipv4, f"172.{router.number}.0.0/24"),):
+                    if ip is not None:
+                        run(["ip", "-n", namespace.netns, "route", "add", network, "via", ip], check=False)
 
 
-def _connect_without_nat(router: Router, namespace: Namespace, number: int) -> Host:
-    """The host has an address of the internet segment; the router answers for it there."""
-    v4 = str(INTERNET_V4[number]) if router.v4 else None
-    v6 = str(INTERNET_V6[int(str(number), 16)]) if router.v6 else None
-    host = Host(namespace, v4, v6)
-    router.inside.attach(namespace, host.interface, number, router.underlay)
-    namespace.ip(f"address flush dev {host.interface} scope global")
-    lines = []
-    if v4:
-        router.sysctl(f"ipv4.conf.{OUTSIDE}.proxy_arp", 1)
-        router.namespace.ip(f"route add {v4}/32 dev {INSIDE}")
-        lines += [f"address add {v4}/32 dev eth0", f"route add {router.inside_v4}/32 dev eth0"]
-    if v6:
-        router.sysctl(f"ipv6.conf.{OUTSIDE}.proxy_ndp", 1)
-        router.namespace.ip(f"-6 route add {v6}/128 dev {INSIDE}", f"-6 neigh add proxy {v6} dev {OUTSIDE}")
-        lines += [f"address add {v6}/128 dev eth0 nodad", f"-6 route add {router.inside_v6}/128 dev eth0"]
-    namespace.ip(*lines, *_routes(router, host))
-    return host
-
-
-def _routes(router: Router, host: Host) -> list[str]:
-    lines = []
-    if host.v4:
-        lines.append(f"route add {INTERNET_V4} via {router.inside_v4} dev {host.interface}")
-    if host.v6:
-        lines.append(f"-6 route add {INTERNET_V6} via {router.inside_v6} dev {host.interface}")
-    return lines
-
-
-def enable_forwarding(namespace: Namespace) -> None:
-    """Make a namespace pass packets on."""
-    for key in ("ipv4.ip_forward", "ipv6.conf.all.forwarding", "ipv6.conf.default.forwarding"):
-        namespace.sysctl(key, 1)
-
-
-def impair(namespace: Namespace, interface: str, delay_ms: float, loss_percent: float) -> None:
-    """Delay and drop what leaves an interface."""
-    namespace.ip(f"link set {interface} txqueuelen {QUEUE_LENGTH}")
-    namespace.run(
-        *f"tc qdisc replace dev {interface} root netem limit {QUEUE_LENGTH}".split(),
-        *f"delay {delay_ms}ms loss {loss_percent}%".split(),
-    )
+def link(a: Namespace, device_a: str, b: Namespace, device_b: str) -> None:
+    """A cable between two namespaces, both ends up."""
+    run(["ip", "link", "add", device_a, "netns", a.netns, "type", "veth", "peer", "name", device_b, "netns", b.netns])
+    for namespace, device in ((a, device_a), (b, device_b)):
+        namespace.ip("link", "set", device, "txqueuelen", "10000", "up")

@@ -1,6 +1,6 @@
 """A web server with one large resource, for demo and tests: `python -m fz_core.lab.webserver --port 80`.
 
-`GET /bytes?num=N` answers N bytes that are the same on every run (`sha256_of`); `GET /` a short text.
+`GET /bytes?num=N` answers N bytes that are the same on every run (`document_digest`); `GET /` a short text.
 Bytes go out through `sendfile`, so the server is never the slow part.
 """
 
@@ -25,7 +25,7 @@ def block() -> bytes:
     return hashlib.shake_128(b"fz_core.lab.webserver").digest(BLOCK_BYTES)
 
 
-def sha256_of(count: int) -> str:
+def document_digest(count: int) -> str:
     """The lower-case hex SHA-256 of `/bytes?num=count`."""
     digest = hashlib.sha256()
     whole, rest = divmod(count, BLOCK_BYTES)
@@ -107,11 +107,11 @@ class WebServer(ThreadingHTTPServer):
 
 
 def main() -> None:
-    """Serve until killed; says 'listening on port N' when ready."""
+    """Serve until killed; says 'serving on port N' when ready."""
     parser = argparse.ArgumentParser(description="web server of the lab")
     parser.add_argument("--port", type=int, default=80)
     server = WebServer(parser.parse_args().port)
-    print(f"listening on port {server.server_port}", flush=True)
+    print(f"serving on port {server.server_port}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
