@@ -150,9 +150,9 @@ def _ip(text: str, version: int) -> str:
 
 
 def port(text: str) -> int:
-    """A UDP port."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, use 1 to 65535")
+    """A UDP port; 0 means any."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, use 0 to 65535")
     return int(text)
 
 

@@ -23,8 +23,13 @@ class HealthServer:
         self._address = address
         self._slots = trio.Semaphore(MAX_CONNECTIONS)
 
-    async def run(self, is_ready: Callable[[], bool]) -> None:
-        """Answer probes; `is_ready` decides `/readyz`."""
+    async def run(
+        self,
+        is_ready: Callable[[], bool],
+        *,
+        task_status: trio.TaskStatus[int | None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Answer probes; `is_ready` decides `/readyz`. Started with the port, or None if it is taken."""
         host, port = self._address
         try:
             listeners = await trio.open_tcp_listeners(port, host=host)
@@ -33,8 +38,14 @@ class HealthServer:
                 "cannot serve health checks, choose another --health-check-addr",
                 address=f"{host}:{port}", error=error.strerror or str(error),
             )  # fmt: skip
+            task_status.started(None)
             return
-        await trio.serve_listeners(lambda stream: self._serve(stream, is_ready), listeners)
+        task_status.started(listeners[0].socket.getsockname()[1])
+
+        async def serve(stream: trio.SocketStream) -> None:
+            await self._serve(stream, is_ready)
+
+        await trio.serve_listeners(serve, listeners)
 
     async def _serve(self, stream: trio.SocketStream, is_ready: Callable[[], bool]) -> None:
         try:

@@ -32,7 +32,7 @@ class State(Protocol):
 
     drops: DropCounter
 
-    def handle_tun_input(self, data: bytes, now: float) -> PacketError | None: ...
+    def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None: ...
     def handle_network_input(
         self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
     ) -> PacketError | None: ...
@@ -186,8 +186,9 @@ class Loop:
                 sent = udp.send_batch(buffer, segment, remote, local, ecn)
                 while sent is not None and sent < len(buffer):
                     await trio.lowlevel.wait_writable(udp.fileno())
-                    buffer = memoryview(buffer)[sent:]
-                    sent = udp.send_batch(buffer, segment, remote, local, ecn)
+                    rest = memoryview(buffer)[sent:]
+                    more = udp.send_batch(rest, segment, remote, local, ecn)
+                    sent = None if more is None else sent + more
 
     def _socket_for(self, remote: Address) -> UdpSocket | None:
         for udp in self._sockets:

@@ -15,6 +15,7 @@ import secrets
 import socket
 from collections import Counter
 from contextlib import ExitStack
+from functools import partial
 
 import structlog
 import trio
@@ -138,7 +139,7 @@ class Tunnel:
                     self.is_joined = True
                     loop.submit(state.handle_portal_connected)
                 case MessageReceived(message):
-                    loop.submit(lambda now, message=message: state.handle_portal_message(message, now))
+                    loop.submit(partial(state.handle_portal_message, message))
                 case MessageDropped(name, reason):
                     log.warning("Portal message dropped", event_name=name, reason=reason)
                 case Hiccup(delay, budget, error):

@@ -23,7 +23,6 @@ from typing import Protocol
 import trio
 
 from fz_core.embedded.relay_forwarding import Forwarder, Route
-from fz_core.embedded.relay_health import serve_health
 from fz_core.embedded.relay_sockets import Poller, SockAddr, UdpPort
 from fz_core.packet import Address
 from fz_core.turn import (
@@ -63,7 +62,6 @@ class RelayConfig:
     highest_port: int = 65535
     stamp_secret: str | None = None
     rng_seed: int | None = None
-    health_address: tuple[str, int] | None = None
 
     def __repr__(self) -> str:
         return f"<RelayConfig port={self.listen_port} (redacted)>"
@@ -252,22 +250,12 @@ async def run_relay(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(relay.serve)
         nursery.start_soon(report_statistics, relay)
-        if config.health_address is not None:
-            await start_health(nursery, config.health_address, relay)
         if portal_link is None:
             relay.set_ready(True)
         else:
             nursery.start_soon(portal_link, relay.stamp_secret, relay.set_ready)
         log.info("Listening port=%d", config.listen_port)
         task_status.started(relay)
-
-
-async def start_health(nursery: trio.Nursery, address: tuple[str, int], relay: Relay) -> None:
-    """A taken port is an error line, not the end."""
-    try:
-        await nursery.start(serve_health, address, lambda: relay.is_ready)
-    except OSError as error:
-        log.error("Health check cannot listen address=%s:%d error=%s", *address, error)
 
 
 async def report_statistics(relay: Relay) -> None:

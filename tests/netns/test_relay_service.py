@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
-from turn_scenarios import (
+from tests.netns.turn_scenarios import (
     TurnPeer,
     address_of,
     allocate_and_talk,
@@ -169,17 +169,7 @@ def test_strangers_get_nothing_through(running: RelayThread) -> None:
     assert client.received == [(address, b"good")]
 
 
-async def http_get(port: int, path: str) -> bytes:
-    stream = await trio.open_tcp_stream("127.0.0.1", port)
-    await stream.send_all(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    data = b""
-    async for chunk in stream:
-        data += chunk
-    return data.partition(b"\r\n")[0]
-
-
-async def test_health_and_readiness() -> None:
-    port = free_tcp_port()
+async def test_readiness_follows_the_portal_link() -> None:
     joined = trio.Event()
     secrets: list[str] = []
 
@@ -188,36 +178,15 @@ async def test_health_and_readiness() -> None:
         await joined.wait()
         set_ready(True)  # type: ignore[operator]
 
-    config = RelayConfig(public_ip4="127.0.0.1", listen_port=0, health_address=("127.0.0.1", port))
     async with trio.open_nursery() as nursery:
-        relay = await nursery.start(run_relay, config, link)
-        assert b"200" in await http_get(port, "/healthz")
-        assert b"503" in await http_get(port, "/readyz")
+        relay = await nursery.start(run_relay, RelayConfig(public_ip4="127.0.0.1", listen_port=0), link)
+        assert not relay.is_ready
         joined.set()
         await trio.testing.wait_all_tasks_blocked()
-        assert b"200" in await http_get(port, "/readyz")
-        assert b"404" in await http_get(port, "/other")
+        assert relay.is_ready
         assert secrets == [relay.stamp_secret]
         assert relay.id == relay_id(relay.stamp_secret)
         nursery.cancel_scope.cancel()
-
-
-def free_tcp_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-async def test_a_taken_health_port_does_not_stop_the_relay() -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        config = RelayConfig(public_ip4="127.0.0.1", listen_port=0, health_address=sock.getsockname())
-        async with trio.open_nursery() as nursery:
-            relay = await nursery.start(run_relay, config)
-            assert relay.is_ready
-            nursery.cancel_scope.cancel()
 
 
 async def test_a_taken_listening_port_is_an_error() -> None:
@@ -239,7 +208,7 @@ def test_rates(rate: float, text: str) -> None:
 def command(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FIREZONE", "PUBLIC", "LOG"))}
     return subprocess.Popen(
-        [sys.executable, "-m", "fz_core.embedded.relay_command", *arguments],
+        [sys.executable, "-m", "fz_core.commands.relay", *arguments],
         env={**clean, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

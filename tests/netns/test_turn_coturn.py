@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from turn_scenarios import (
+from tests.netns.turn_scenarios import (
     TurnPeer,
     allocate_and_talk,
     refresh,

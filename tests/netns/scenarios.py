@@ -1,0 +1,166 @@
+"""What a whole system must do, whichever programs play its parts. Each scenario builds its own lab.
+
+A scenario returns a note for people (or nothing) and raises on failure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fz_core.lab import Lab, LabError
+from fz_core.lab.system import Programs, Shape, System
+
+Scenario = Callable[[Programs], str]
+MEGABYTES = 5
+
+
+def running(programs: Programs, shape: Shape | None = None) -> tuple[Lab, System]:
+    """A lab with a started system; the caller closes the lab."""
+    lab = Lab()
+    lab.__enter__()
+    try:
+        system = System(lab, programs, shape)
+        system.start()
+    except BaseException:
+        lab.close()
+        raise
+    return lab, system
+
+
+def eventually(system: System, seconds: float, *, family: int = 4, client: int = 0) -> float:
+    """Fetch a little until it works; how long that took."""
+    started_at = time.monotonic()
+    while True:
+        try:
+            system.fetch(0.001, timeout=5.0, family=family, client=client)
+            return time.monotonic() - started_at
+        except LabError as error:
+            if time.monotonic() - started_at > seconds:
+                raise LabError(f"nothing came within {seconds:.0f} s: {error}") from None
+            time.sleep(0.1)
+
+
+def ours_took(system: System, expected: str) -> None:
+    """Check the path where our client says which one it took."""
+    path = system.path_of()
+    if path not in (expected, "unknown"):
+        raise LabError(f"the data took the path {path!r} instead of {expected!r}")
+
+
+def download(shape: Shape, path: str, *, family: int = 4, block: bool = False) -> Scenario:
+    """A scenario: connect, fetch a file, look at the path."""
+
+    def scenario(programs: Programs) -> str:
+        lab, system = running(programs, shape)
+        with lab:
+            if block:
+                system.block_direct()
+            first = eventually(system, 20.0, family=family)
+            result = system.fetch(MEGABYTES, family=family)
+            ours_took(system, path)
+            complain(system)
+            return f"first byte {first * 1000:.0f} ms, {result.mbit_s:.0f} Mbit/s"
+
+    return scenario
+
+
+def complain(system: System) -> None:
+    """A healthy run has no warnings."""
+    warnings = system.warnings()
+    if warnings:
+        raise LabError(f"{len(warnings)} warnings, the first: {warnings[0]}")
+
+
+def two_clients(programs: Programs) -> str:
+    """Two clients use one gateway at once."""
+    lab, system = running(programs)
+    with lab:
+        system.add_client("client2", 32)
+        for client in (0, 1):
+            eventually(system, 20.0, client=client)
+            system.fetch(MEGABYTES, client=client)
+        complain(system)
+    return ""
+
+
+def gateway_restart(programs: Programs) -> str:
+    """The gateway stops and starts; traffic resumes by itself."""
+    lab, system = running(programs)
+    with lab:
+        eventually(system, 20.0)
+        started_at = time.monotonic()
+        system.restart(system.gateways[0])
+        eventually(system, 30.0)
+        return f"back after {time.monotonic() - started_at:.1f} s"
+
+
+def client_restart(programs: Programs) -> str:
+    """The client stops and starts with a new key; the gateway takes it back."""
+    lab, system = running(programs)
+    with lab:
+        eventually(system, 20.0)
+        system.restart(system.clients[0])
+        took = eventually(system, 20.0)
+        system.restart(system.clients[0], kill=True)
+        again = eventually(system, 20.0)
+        return f"first byte {took * 1000:.0f} ms after a stop, {again * 1000:.0f} ms after a kill"
+
+
+def revocation(programs: Programs) -> str:
+    """Access is taken away during a transfer: it ends; given again, it works again."""
+    lab, system = running(programs)
+    with lab:
+        eventually(system, 20.0)
+        host = system.clients[0].host
+        transfer = host.spawn(
+            "transfer", ["curl", "-sS", "--limit-rate", "1M", "--max-time", "30", "-o", "/dev/null",
+                         "http://10.20.0.80/bytes?num=100000000"]
+        )  # fmt: skip
+        time.sleep(1.0)
+        if not transfer.is_running:
+            raise LabError(f"the transfer did not last: {transfer.tail()}")
+        system.allowed = {"net6"}
+        system.reload_policy()
+        time.sleep(1.0)
+        probe = host.run(
+            "curl", "-sS", "--max-time", "2", "-o", "/dev/null", "http://10.20.0.80/bytes?num=1", check=False
+        )
+        if probe.returncode == 0:
+            raise LabError("the web server can still be reached after revocation")
+        transfer.kill()
+        system.allowed = {"net", "net6"}
+        system.reload_policy()
+        took = eventually(system, 20.0)
+        return f"again after {took * 1000:.0f} ms"
+
+
+def portal_away(programs: Programs) -> str:
+    """Without the portal an established tunnel goes on; with it back, everything goes on."""
+    lab, system = running(programs)
+    with lab:
+        eventually(system, 20.0)
+        system.portal.kill()
+        time.sleep(2.0)
+        system.fetch(MEGABYTES)
+        system.restart_portal()
+        time.sleep(3.0)
+        system.fetch(MEGABYTES)
+        return ""
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "direct": download(Shape(), "direct"),
+    "direct, IPv6 resource": download(Shape(), "direct", family=6),
+    "relayed": download(Shape(), "relayed", block=True),
+    "both NATs symmetric": download(Shape(client_nat="symmetric", gateway_nat="symmetric"), "relayed"),
+    "IPv4 only": download(Shape(client_families=(4,), gateway_families=(4,), relay_families=(4,)), "direct"),
+    "IPv6-only underlay": download(Shape(client_families=(6,), gateway_families=(6,), relay_families=(6,)), "direct"),
+    "client IPv4, gateway IPv6": download(Shape(client_families=(4,), gateway_families=(6,)), "relayed"),
+    "20 ms to everybody": download(Shape(delay_ms=20), "direct"),
+    "two clients": two_clients,
+    "gateway restart": gateway_restart,
+    "client restart": client_restart,
+    "revocation during a transfer": revocation,
+    "portal away": portal_away,
+}

@@ -1,0 +1,139 @@
+"""Whole systems of our own programs in network namespaces."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fz_core.lab import Lab, LabError
+from fz_core.lab.system import Programs, System
+from tests.netns.scenarios import SCENARIOS, eventually
+
+pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scenario(name: str) -> None:
+    SCENARIOS[name](Programs())
+
+
+def test_two_gateways_of_one_site_share_the_work_and_stand_in_for_each_other() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        eventually(system, 20.0)
+        system.add_gateway("gateway2", 33)
+        system.gateways[0].process.stop()
+        eventually(system, 30.0)
+        assert "ConnectionUp" in system.gateways[1].process.output
+
+
+def test_a_wrong_token_ends_the_client_with_one_line() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start_portal()
+        router = lab.router("r", 30)
+        host = lab.host("h", router)
+        url = system.api_url((4,))
+        command = (sys.executable, "-m", "fz_headless", "--firezone-id", "x", "--api-url", url)
+        env = {"FIREZONE_TOKEN": "a-wrong-token-of-some-length", "RUST_LOG": "error"}
+        process = host.spawn("client", command, env)
+        assert process.wait(20) == 1
+        assert len(process.output.strip().splitlines()) == 1
+        assert "401" in process.output
+        assert "a-wrong-token" not in process.output
+
+
+def test_goodbyes_and_a_clean_machine_after_sigterm() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        eventually(system, 20.0)
+        client, gateway = system.clients[0], system.gateways[0]
+        assert client.process.stop() == 0
+        gateway.process.wait_for_line("the client said goodbye", 5.0)
+        assert client.host.run("ip", "link", "show", "tun-firezone", check=False).returncode != 0
+        assert gateway.process.stop() == 0
+        assert "Goodbye" in gateway.process.output
+
+
+def test_the_host_is_configured_as_documented() -> None:
+    """spec/io.md §7: addresses /32 and /128, MTU 1280, three rules per family, the right tables."""
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        host = system.clients[0].host
+        shown = json.loads(host.run("ip", "-j", "addr", "show", "dev", "tun-firezone").stdout)[0]
+        assert shown["mtu"] == 1280
+        assert shown["txqlen"] == 10000
+        assert sorted((a["family"], a["prefixlen"]) for a in shown["addr_info"]) == [("inet", 32), ("inet6", 128)]
+        rules = host.run("ip", "rule").stdout
+        for priority, table in ((100, 539098368), (200, 539098369), (300, 539098370)):
+            assert re.search(rf"^{priority}:\s+not from all fwmark 0xfd002021 lookup {table}", rules, re.MULTILINE)
+        routes = host.run("ip", "route", "show", "table", "539098368").stdout
+        for network in ("100.64.0.0/11", "100.96.0.0/11", "100.100.111.0/24", "10.20.0.0/24"):
+            assert f"{network} dev tun-firezone" in routes
+
+
+def test_health_endpoints_tell_the_truth() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        host = system.gateways[0].host
+
+        def status(path: str) -> str:
+            url = f"http://127.0.0.1:8080{path}"
+            return host.run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", url, check=False).stdout
+
+        deadline = time.monotonic() + 10
+        while status("/readyz") != "200" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (status("/healthz"), status("/readyz"), status("/other")) == ("200", "200", "404")
+        system.portal.kill()
+        deadline = time.monotonic() + 10
+        while status("/readyz") != "503" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (status("/healthz"), status("/readyz")) == ("200", "503")
+
+
+def test_no_secret_in_process_list_logs_or_core() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        eventually(system, 20.0)
+        shown = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+        logs = "".join(member.process.output for member in (*system.gateways, *system.clients))
+        logs += system.portal.output + system.relays[0].output
+        for token in system._tokens.values():
+            assert token not in shown
+            assert token not in logs
+
+
+def test_a_second_instance_is_refused_in_one_line() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        client = system.clients[0]
+        second = client.host.spawn("second", client.command, {**client.env, "RUST_LOG": "error"})
+        assert second.wait(20) == 1
+        assert second.output.count("\n") == 1
+        assert "tun-firezone" in second.output
+
+
+def test_nothing_is_left_behind_even_after_a_failure() -> None:
+    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+    def fail_inside() -> None:
+        with Lab() as lab:
+            System(lab).start()
+            raise LabError("on purpose")
+
+    with pytest.raises(LabError, match="on purpose"):
+        fail_inside()
+    after = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert after == before
