@@ -12,11 +12,14 @@ Addresses as in `spec/binaries.md` §12.1: the internet is 203.0.113.0/24 and 20
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +27,7 @@ from fz_core.lab.processes import LabError, Process, run
 
 BRIDGE = "internet"
 INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
+CLONE_NEWNET = 0x40000000
 NAT_FLAVOURS = ("none", "cone", "symmetric")
 SYSCTLS = (
     "net.ipv6.conf.all.disable_ipv6=0",
@@ -69,6 +73,21 @@ class Namespace:
         process = Process(name, ["ip", "netns", "exec", self.netns, *command], env, log)
         self.lab.processes.append(process)
         return process
+
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+        """A socket of this namespace, usable from ours."""
+        with self.entered():
+            return socket.socket(family, kind)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Move this thread into the namespace; sockets and devices opened meanwhile stay in it."""
+        with open("/proc/thread-self/ns/net", "rb") as ours, open(f"/run/netns/{self.netns}", "rb") as theirs:
+            _setns(theirs.fileno())
+            try:
+                yield
+            finally:
+                _setns(ours.fileno())
 
     def delay(self, device: str, milliseconds: float = 0.0, loss: float = 0.0) -> None:
         """Delay, in one direction, and drop (percent) what leaves by this device; zeros remove both."""
@@ -278,3 +297,10 @@ def link(a: Namespace, device_a: str, b: Namespace, device_b: str) -> None:
     run(["ip", "link", "add", device_a, "netns", a.netns, "type", "veth", "peer", "name", device_b, "netns", b.netns])
     for namespace, device in ((a, device_a), (b, device_b)):
         namespace.ip("link", "set", device, "txqueuelen", "10000", "up")
+
+
+def _setns(fd: int) -> None:
+    """os.setns, which Python has from 3.12 on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, CLONE_NEWNET):
+        raise LabError(f"cannot enter a network namespace ({os.strerror(ctypes.get_errno())}): run as root")

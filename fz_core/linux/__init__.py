@@ -2,19 +2,24 @@
 
 from fz_core.linux.device_id import device_id
 from fz_core.linux.errors import HostError
+from fz_core.linux.link_scope import DEBOUNCE, NetworkMonitor
 from fz_core.linux.marks import MARK, MarkError, set_mark
 from fz_core.linux.netlink import Interface
 from fz_core.linux.process import forbid_core_dumps, has_net_admin, os_version, raise_socket_buffers
+from fz_core.linux.smbios import Smbios, read_smbios
 from fz_core.linux.token_file import read_token_file
 from fz_core.linux.tun import TunDevice, TunError
 from fz_core.linux.udp import PREFERRED_PORT, SocketError, UdpSocket
 
 __all__ = [
+    "DEBOUNCE",
     "MARK",
     "PREFERRED_PORT",
     "HostError",
     "Interface",
     "MarkError",
+    "NetworkMonitor",
+    "Smbios",
     "SocketError",
     "TunDevice",
     "TunError",
@@ -24,6 +29,7 @@ __all__ = [
     "has_net_admin",
     "os_version",
     "raise_socket_buffers",
+    "read_smbios",
     "read_token_file",
     "set_mark",
 ]

@@ -30,10 +30,11 @@ def device_id(role: str, *, root: Path = Path("/")) -> str:
     known = _read(path)
     if known is not None:
         return known
-    machine_id = root / MACHINE_ID.relative_to("/")
-    if machine_id.exists():
-        return hmac.new(APP_IDS[role], machine_id.read_bytes(), hashlib.sha256).hexdigest()
-    return _create(path)
+    try:
+        machine_id = (root / MACHINE_ID.relative_to("/")).read_bytes()
+    except OSError:
+        return _create(path)
+    return hmac.new(APP_IDS[role], machine_id, hashlib.sha256).hexdigest()
 
 
 def _read(path: Path) -> str | None:

@@ -14,27 +14,33 @@ from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2 import IPRoute  # type: ignore[import-untyped]
+from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
 from fz_core.linux.errors import HostError
+from fz_core.linux.link_scope import LINK_SCOPE_TABLE, copy_link_scope_routes
 from fz_core.linux.marks import MARK
 
 Network = IPv4Network | IPv6Network
 
-USER_TABLE, LINK_SCOPE_TABLE, INTERNET_TABLE = 0x2021FD00, 0x2021FD01, 0x2021FD02
+USER_TABLE, INTERNET_TABLE = 0x2021FD00, 0x2021FD02
 RULES = ((USER_TABLE, 100), (LINK_SCOPE_TABLE, 200), (INTERNET_TABLE, 300))
 MTU = 1280
 FIB_RULE_INVERT = 2
 ADDR_GEN_MODE_NONE = 1
-SCOPE_LINK, TABLE_MAIN, PROTO_STATIC = 253, 254, 4
+IFA_F_NODAD = 2  # an IPv6 address is of use at once: listeners are bound to it next
+PROTO_STATIC = 4
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 # one dump at a time: the kernel answers a second one with EBUSY
 _LOCK = threading.Lock()
 
 
 class Interface:
-    """The host's side of one TUN device."""
+    """The host's side of one TUN device.
+
+    Blocks for milliseconds, so a trio program calls it through `trio.to_thread.run_sync`. What the kernel
+    refused without harm is put into `warnings`, for the caller to log and clear.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -83,26 +89,13 @@ class Interface:
         self._routes = routes
 
     def sync_link_scope_routes(self) -> None:
-        """Copy the LAN's own routes, so that they win over the internet resource."""
+        """Copy the LAN's own routes, so that they win over the internet resource (`link_scope.py`)."""
         with _netlink() as ip:
-            up = {link["index"] for link in ip.get_links() if link.get_attr("IFLA_OPERSTATE") == "UP"}
-            for route in ip.get_routes(family=socket.AF_INET, scope=SCOPE_LINK, table=TABLE_MAIN):
-                output = route.get_attr("RTA_OIF")
-                if output in up:
-                    with _tolerating(errno.EEXIST, errno.ENETUNREACH):
-                        ip.route(
-                            "add",
-                            family=socket.AF_INET,
-                            dst=f"{route.get_attr('RTA_DST')}/{route['dst_len']}",
-                            oif=output,
-                            scope=SCOPE_LINK,
-                            table=LINK_SCOPE_TABLE,
-                            prefsrc=route.get_attr("RTA_PREFSRC"),
-                        )
+            self.warnings += copy_link_scope_routes(ip, _index_of(ip, self._name))
 
     def _add_address(self, ip: Any, index: int, address: IPv4Address | IPv6Address, length: int) -> bool:
         try:
-            ip.addr("add", index=index, address=str(address), prefixlen=length)
+            ip.addr("add", index=index, address=str(address), prefixlen=length, flags=IFA_F_NODAD)
         except NetlinkError as error:
             self.warnings.append(f"no IPv{address.version} in the tunnel: {error}")
             return False
@@ -141,8 +134,13 @@ class Interface:
 
 @contextmanager
 def _netlink() -> Iterator[Any]:
-    with _LOCK, IPRoute() as ip:
-        yield ip
+    """A netlink socket of its own for each use; HostError for what nobody below tolerated."""
+    with _LOCK:
+        try:
+            with IPRoute() as ip:
+                yield ip
+        except NetlinkError as error:
+            raise HostError(f"cannot configure the network ({error}): is CAP_NET_ADMIN missing?") from error
 
 
 @contextmanager

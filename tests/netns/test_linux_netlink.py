@@ -64,6 +64,13 @@ def test_addresses_are_replaced(laptop: Host, interface: Interface) -> None:
     assert [a["local"] for a in link["addr_info"]] == ["100.64.0.8", "fd00:2021:1111::8"]
 
 
+def test_an_address_can_be_bound_at_once(laptop: Host, interface: Interface) -> None:
+    """No duplicate address detection: the gateway's DNS listener is bound next."""
+    interface.set_addresses(V4, V6)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.bind((str(V6), 53535))
+
+
 def test_without_ipv6_the_tunnel_is_ipv4_only(laptop: Host, interface: Interface) -> None:
     laptop.sysctl(f"net.ipv6.conf.{NAME}.disable_ipv6=1")
     assert interface.set_addresses(V4, V6) == (4,)
