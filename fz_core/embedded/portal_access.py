@@ -1,0 +1,236 @@
+"""Authorizations: a client asks, a gateway agrees, the client is told (`spec/portal-protocol.md` §8.2, §8.8, §8.10).
+
+The receiver always hears first. What was granted is remembered, so that a returning gateway keeps it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from fz_core.embedded import portal_views as views
+from fz_core.embedded.policy import AccessRule, ClientAccount, GatewayAccount, ResourceRule
+from fz_core.embedded.portal_derivation import FAR_FUTURE, ice_credentials, preshared_key
+from fz_core.embedded.portal_hub import Hub, log
+from fz_core.embedded.portal_session import Session
+from fz_core.embedded.portal_versions import may_serve
+from fz_core.embedded.store import Grant, StoreFull
+from fz_core.portal import client as to_client
+from fz_core.portal import gateway as to_gateway
+from fz_core.portal.client import FailReason
+from fz_core.portal.types import read_key
+
+ANSWER_TIMEOUT = 15.0
+MAX_PENDING_PER_CLIENT = 256
+REFRESH_AFTER = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request the receiver has not answered yet; `answer` is what the client will hear."""
+
+    ref: str
+    client: Session
+    gateway: Session
+    resource_id: str
+    connected: tuple[str, ...]
+    answer: Any = field(repr=False)
+
+
+class Access:
+    """All pending requests and all grants."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._pending: dict[str, Pending] = {}
+        self._ingest_key = hub.random_bytes(32)
+
+    # requests
+
+    def request(self, client: Session, message: to_client.RequestAuthorization, now: float) -> None:
+        """A client wants to reach a resource."""
+        rule = self._rule(client, message.resource_id)
+        if isinstance(rule, FailReason):
+            self._refuse(client, message.resource_id, rule)
+            return
+        gateway = self._select(client, rule[0], message.connected_gateway_ids)
+        if isinstance(gateway, FailReason):
+            self._refuse(client, message.resource_id, gateway)
+        else:
+            self._ask(client, gateway, *rule, message.connected_gateway_ids, now)
+
+    def _rule(self, client: Session, resource_id: str) -> tuple[ResourceRule, AccessRule] | FailReason:
+        resource = self._hub.policy.resource(resource_id)
+        if resource is None or resource.site is None:
+            return FailReason.NOT_FOUND
+        assert isinstance(client.account, ClientAccount)
+        rule = self._hub.policy.best_rule(client.account, resource)
+        return FailReason.FORBIDDEN if rule is None else (resource, rule)
+
+    def _select(self, client: Session, resource: ResourceRule, connected: tuple[str, ...]) -> Session | FailReason:
+        at_site = [
+            g
+            for g in self._hub.joined("gateway")
+            if isinstance(g.account, GatewayAccount) and g.account.site == resource.site
+        ]
+        if not at_site:
+            return FailReason.OFFLINE
+        fitting = [g for g in at_site if client.agent is not None and may_serve(g.agent, client.agent)]
+        if not fitting:
+            return FailReason.VERSION_MISMATCH
+        fitting = [g for g in fitting if g.peer_id in connected] or fitting
+        return fitting[self._hub.choose(len(fitting))]
+
+    def _ask(
+        self, client: Session, gateway: Session, resource: ResourceRule, rule: AccessRule,
+        connected: tuple[str, ...], now: float,
+    ) -> None:  # fmt: skip
+        hub = self._hub
+        assert client.device is not None
+        assert gateway.device is not None
+        self._supersede(client, resource.id)
+        if sum(p.client is client for p in self._pending.values()) >= MAX_PENDING_PER_CLIENT:
+            return
+        ref = str(uuid.UUID(bytes=hub.random_bytes(16), version=4))
+        expires_at = self.expires_at(client.account, rule, hub.unix(now))
+        try:
+            grant = Grant(client.peer_id, resource.id, gateway.peer_id, resource.fingerprint, expires_at)
+            hub.store.put_grant(grant)
+        except StoreFull as error:
+            log.error("Cannot authorize client=%s: %s", client.name, error)
+            return
+        psk = preshared_key(
+            client.peer_id, client.public_key, client.device.psk_base,
+            gateway.peer_id, gateway.public_key, gateway.device.psk_base,
+        )  # fmt: skip
+        ice = ice_credentials(client.peer_id, client.public_key, gateway.peer_id, gateway.public_key)
+        iceless = hub.policy.allow_iceless and client.is_iceless and gateway.is_iceless
+        tokens = views.ingest_tokens(
+            hub.policy, client, gateway.device, resource, rule, ref, expires_at, hub.unix(now), self._ingest_key
+        )
+        answer = to_client.AuthorizationCreated(
+            resource.id, gateway.peer_id, hub.policy.sites[resource.site or ""].id, read_key(gateway.public_key),
+            gateway.device.ipv4, gateway.device.ipv6, psk, *ice, iceless, tokens[0],
+        )  # fmt: skip
+        peer = to_gateway.Client(
+            client.peer_id, read_key(client.public_key), psk, client.device.ipv4, client.device.ipv6,
+            views.client_details(client),
+        )  # fmt: skip
+        self._pending[ref] = Pending(ref, client, gateway, resource.id, connected, answer)
+        hub.timers.set(("pending", ref), now + ANSWER_TIMEOUT)
+        hub.send(
+            gateway,
+            to_gateway.CreateAuthorization(
+                ref, peer, views.gateway_resource(resource), *ice, expires_at, iceless, tokens[1],
+                views.subject(client),
+            ),
+        )  # fmt: skip
+
+    def expires_at(self, account: Any, rule: AccessRule, unix_now: int) -> int:
+        """When an authorization made now ends."""
+        token_end = account.expires_at if isinstance(account, ClientAccount) else None
+        rule_end = None if rule.expires_in is None else unix_now + rule.expires_in
+        return min(end for end in (token_end, rule_end, FAR_FUTURE) if end is not None)
+
+    def _supersede(self, client: Session, resource_id: str) -> None:
+        for pending in [p for p in self._pending.values() if p.client is client and p.resource_id == resource_id]:
+            self._drop(pending)
+
+    def _drop(self, pending: Pending) -> None:
+        self._pending.pop(pending.ref, None)
+        self._hub.timers.cancel(("pending", pending.ref))
+
+    def _refuse(self, client: Session, resource_id: str, reason: FailReason) -> None:
+        log.info("Refused client=%s resource=%s reason=%s", client.name, resource_id, reason.value)
+        self._hub.send(client, to_client.AuthorizationCreationFailed(resource_id, reason))
+
+    # answers
+
+    def confirm(self, gateway: Session, ref: str, now: float) -> bool:
+        """The gateway has installed the grant: release the client. False for an unknown or late `ref`."""
+        pending = self._pending.get(ref)
+        if pending is None or pending.gateway is not gateway:
+            return False
+        self._drop(pending)
+        self._hub.send(pending.client, pending.answer)
+        for grant in self._hub.store.grants_at(gateway.peer_id):
+            if (grant.client_id, grant.resource_id) == (pending.client.peer_id, pending.resource_id):
+                self.watch(grant)
+        log.info(
+            "Authorized client=%s resource=%s gateway=%s", pending.client.name, pending.resource_id, gateway.name
+        )  # fmt: skip
+        return True
+
+    def handle_unanswered(self, ref: str) -> None:
+        """The gateway kept silent."""
+        pending = self._pending.pop(ref, None)
+        if pending is not None:
+            self._refuse(pending.client, pending.resource_id, FailReason.OFFLINE)
+
+    def handle_gone(self, session: Session, now: float) -> None:
+        """A peer left: its requests are void, those waiting for it go to another gateway."""
+        for pending in [p for p in self._pending.values() if session in (p.client, p.gateway)]:
+            self._drop(pending)
+            if pending.client is not session and pending.client.is_joined:
+                again = to_client.RequestAuthorization(pending.resource_id, pending.connected)
+                self.request(pending.client, again, now)
+
+    # grants
+
+    def watch(self, grant: Grant) -> None:
+        """Look at a grant again shortly after its end."""
+        if grant.expires_at < FAR_FUTURE:
+            at = self._hub.monotonic(grant.expires_at) + REFRESH_AFTER
+            self._hub.timers.set(("grant", grant.client_id, grant.resource_id, grant.receiver_id), at)
+
+    def handle_expired(self, client_id: str, resource_id: str, receiver_id: str, now: float) -> None:
+        """Have the client ask again: it does not notice by itself that the gateway dropped the grant.
+
+        Not for the internet resource, which a client does not switch on again after a removal.
+        """
+        hub = self._hub
+        for grant in hub.store.grants_at(receiver_id):
+            if (grant.client_id, grant.resource_id) != (client_id, resource_id):
+                continue
+            if grant.expires_at > hub.unix(now):
+                self.watch(grant)
+                return
+            hub.store.remove_grant(grant)
+            client, rule = hub.peer(client_id, "client"), hub.policy.resource(resource_id)
+            if client is not None and rule is not None and rule.site is not None and rule.kind != "internet":
+                view = views.resources(hub.policy, hub.store, client).get(resource_id)
+                if view is not None:
+                    hub.send(client, to_client.ResourceDeleted(resource_id))
+                    hub.send(client, to_client.ResourceCreatedOrUpdated(view))
+
+    def revoke(self, grant: Grant) -> None:
+        """Take a grant back from its receiver."""
+        hub = self._hub
+        hub.store.remove_grant(grant)
+        hub.timers.cancel(("grant", grant.client_id, grant.resource_id, grant.receiver_id))
+        receiver = hub.peer(grant.receiver_id, "gateway") or hub.peer(grant.receiver_id, "client")
+        if receiver is not None:
+            hub.send(receiver, to_client.RejectAccess(grant.client_id, grant.resource_id))
+        device, client = hub.store.device(grant.receiver_id), hub.peer(grant.client_id, "client")
+        if client is not None and device is not None and device.role == "client":
+            hub.send(client, to_client.ClientDeviceAccessDenied(device.ipv4, device.ipv6, FailReason.FORBIDDEN))
+
+    def void(self, resource_id: str, client: Session) -> None:
+        """Forget what a client asked for and may not have any more."""
+        self._supersede(client, resource_id)
+
+    def is_allowed(self, grant: Grant, now: float) -> bool:
+        """Whether the policy of today would give this grant."""
+        hub = self._hub
+        device, resource = hub.store.device(grant.client_id), hub.policy.resource(grant.resource_id)
+        account = next((c for c in hub.policy.clients.values() if device and c.id == device.owner), None)
+        if resource is None or account is None or resource.fingerprint != grant.fingerprint:
+            return False
+        receiver = hub.store.device(grant.receiver_id)
+        if resource.kind == "static_device_pool":
+            members = [hub.policy.clients[n].id for n in resource.devices if n in hub.policy.clients]
+            if receiver is None or receiver.owner not in members:
+                return False
+        rule = hub.policy.best_rule(account, resource)
+        return rule is not None and grant.expires_at <= self.expires_at(account, rule, hub.unix(now))
