@@ -1,0 +1,148 @@
+"""Whole systems with the official programs at either end, in every mix.
+
+    python -m tests.interop --peers FOLDER
+
+FOLDER holds `firezone-gateway`, `firezone-headless-client` and `firezone-relay`, or folders with those, one
+per version. Everything runs on our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
+Exit status: 0 if every scenario passed or is a known limit, 1 otherwise, 2 usage error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from fz_core.lab import LabError
+from fz_core.lab.system import Programs
+from tests.netns.scenarios import SCENARIOS
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("firezone-gateway", "firezone-headless-client", "firezone-relay")
+
+
+@dataclass(frozen=True)
+class Release:
+    """One set of official programs."""
+
+    folder: Path
+    gateway: str
+    client: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Release:
+        return cls(folder, version(folder / NAMES[0]), version(folder / NAMES[1]))
+
+    def program(self, name: str) -> tuple[str, ...]:
+        return (str(self.folder / name),)
+
+    @property
+    def title(self) -> str:
+        return f"gateway {self.gateway}, client {self.client}"
+
+
+def version(program: Path) -> str:
+    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    words = result.stdout.split()
+    if result.returncode != 0 or len(words) < 2:
+        raise LabError(f"{program} --version failed: {result.stderr.strip() or result.returncode}")
+    return words[1]
+
+
+def mixes(release: Release) -> dict[str, Programs]:
+    gateway, client, relay = (release.program(name) for name in NAMES)
+    return {
+        "our client, their gateway": Programs(gateway=gateway),
+        "their client, our gateway": Programs(client=client),
+        "their client and gateway": Programs(gateway=gateway, client=client),
+        "their relay": Programs(relay=relay),
+        "our client, their gateway and relay": Programs(gateway=gateway, relay=relay),
+        "their client and relay, our gateway": Programs(client=client, relay=relay),
+        "all theirs but the portal": Programs(gateway=gateway, client=client, relay=relay),
+    }
+
+
+def releases(folder: Path) -> list[Release]:
+    folders = [folder, *sorted((p for p in folder.iterdir() if p.is_dir()), reverse=True)]
+    return [Release.of(f) for f in folders if all(os.access(f / name, os.X_OK) for name in NAMES)]
+
+
+def attempt(name: str, programs: Programs) -> tuple[bool, str]:
+    started_at = time.monotonic()
+    try:
+        note = SCENARIOS[name](programs)
+    except LabError as error:
+        return False, str(error).splitlines()[0]
+    except Exception as error:  # a bug of ours; the others still run
+        traceback.print_exc()
+        return False, f"{type(error).__name__}: {error}"
+    return True, note or f"{time.monotonic() - started_at:.0f} s"
+
+
+def run(title: str, table: dict[str, Programs], only: str | None) -> dict[tuple[str, str], tuple[bool, str]]:
+    results = {}
+    for mix, programs in table.items():
+        for name in SCENARIOS:
+            if only is not None and only not in f"{mix}/{name}":
+                continue
+            results[mix, name] = passed, note = attempt(name, programs)
+            print(f"{'pass' if passed else 'FAIL'}  {title} | {mix} | {name}: {note}", flush=True)
+    return results
+
+
+def matrix(title: str, table: dict[str, Programs], results: dict[tuple[str, str], tuple[bool, str]]) -> str:
+    columns = [mix for mix in table if any(m == mix for m, _ in results)]
+    lines = [f"## {title}", "", "| Scenario | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    failures = []
+    for name in SCENARIOS:
+        cells = []
+        for mix in columns:
+            passed, note = results.get((mix, name), (True, "not run"))
+            cells.append("yes" if passed and note != "not run" else "-" if passed else "no")
+            if not passed:
+                failures.append(f"- {mix}, {name}: {note}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *failures]).rstrip() + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="interop", description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=Path, help="folder with the official programs, or with one folder per version")
+    parser.add_argument("--only", help="run only mixes and scenarios whose 'mix/scenario' contains this text")
+    options = parser.parse_args()
+    if options.peers is None or not options.peers.is_dir() or not (found := releases(options.peers)):
+        print(f"interop: needs PEERS=<folder> with executable {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    sections = []
+    control = {"our programs": Programs()}
+    everything = run("control", control, options.only)
+    sections.append(matrix("Control: our programs only", control, everything))
+    for release in found:
+        table = mixes(release)
+        results = run(release.title, table, options.only)
+        sections.append(matrix(f"Official programs: {release.title}", table, results))
+        everything |= {(f"{release.title}: {mix}", name): result for (mix, name), result in results.items()}
+    if options.only is None:
+        write(sections)
+    failed = sum(not passed for passed, _ in everything.values())
+    print(f"{len(everything) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def write(sections: list[str]) -> None:
+    path = ROOT / "docs" / "compatibility.md"
+    notes = path.read_text().partition("<!-- notes -->")[2] if path.exists() else ""
+    head = (
+        "# Compatibility\n\nWhat was tried with which official programs, on our embedded portal, by "
+        "`make interop PEERS=<folder>`.\nEach scenario is described in `tests/netns/scenarios.py`.\n"
+    )
+    path.write_text("\n".join([head, *sections]) + (f"\n<!-- notes -->{notes}" if notes else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
