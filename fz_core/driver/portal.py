@@ -24,7 +24,7 @@ import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
 from fz_core.driver import clock
-from fz_core.portal import Channel, ChannelEvent, Connect, Connected, Fatal, Login, relay_channel
+from fz_core.portal import Channel, ChannelEvent, Connect, Connected, Fatal, Hiccup, Login, relay_channel
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 SO_MARK = 0xFD002021
@@ -197,10 +197,15 @@ def relay_link(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.run)
             async for event in link.events:
-                set_ready(isinstance(event, Connected))
-                if isinstance(event, Fatal):
-                    raise PortalFailed(event.error)
-                log.info("Portal %s", event)
+                match event:
+                    case Connected():
+                        set_ready(True)
+                        log.info("Connected to portal")
+                    case Hiccup(delay, _, error):
+                        set_ready(False)
+                        log.info("Portal connection hiccup error=%s backoff=%.1fs", error, delay)
+                    case Fatal(error):
+                        raise PortalFailed(error)
 
     return run
 
