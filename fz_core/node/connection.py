@@ -125,8 +125,9 @@ class Connection:
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """Take a candidate of the peer."""
-        self._candidates_due_at = None
         self.agent.add_remote_candidate(candidate, now)
+        if self.agent.remote_candidates:
+            self._candidates_due_at = None
         self.touch(now)
         self.dirty = True
 
@@ -152,7 +153,9 @@ class Connection:
         self.agent.handle_timeout(now)
         self.tunnel.handle_timeout(now)
         if self._candidates_due_at is not None and now >= self._candidates_due_at:
-            self.fail("the peer sent no candidates within 10 s")
+            self._candidates_due_at = None
+            if not self.agent.remote_candidates:
+                self.fail("the peer sent no candidates within 10 s")
         if self._disconnected_at is not None and now >= self._disconnected_at + DISCONNECT_TIMEOUT:
             self.fail("ICE found no working path")
         if self.state is State.CONNECTED and now >= self._last_activity + MAX_IDLE and self._is_negotiated:

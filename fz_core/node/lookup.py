@@ -61,10 +61,10 @@ class Connections:
         self._expire(now)
         self._transactions[transaction_id] = (now, connection)
 
-    def answered(self, transaction_id: bytes) -> Connection | None:
-        """The connection whose request was answered; each transaction counts once."""
+    def answered(self, transaction_id: bytes, now: float) -> Connection | None:
+        """The connection whose request was answered in time; each transaction counts once."""
         entry = self._transactions.pop(transaction_id, None)
-        return entry[1] if entry else None
+        return entry[1] if entry and now - entry[0] <= TRANSACTION_TTL else None
 
     def free_index(self, start: int) -> int:
         """A 24-bit index no connection uses, searched from `start`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from fz_core.crypto import PrivateKey
 from fz_core.ice import (
@@ -47,6 +48,10 @@ from fz_core.turn import (
 )
 from fz_core.wireguard import RateLimiter, initiator_static_key_untrusted, receiver_index
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Datagram = bytes | memoryview
 RELAY_PORT = 3478
 REALM = "firezone"
 CLIENT_PROFILES = Profiles(CLIENT_DEFAULT, CLIENT_IDLE)
@@ -75,10 +80,10 @@ class Node:
 
     def update_relays(self, removed: Iterable[str], added: Iterable[RelayEntry], now: float) -> None:
         """Forget and take up relays as the portal says; relays not mentioned are checked at once."""
-        added = {entry.id: entry for entry in added}
+        listed = {entry.id: entry for entry in added}
         for relay_id in removed:
             self._drop_relay(relay_id, now)
-        for entry in added.values():
+        for entry in listed.values():
             addresses = (entry.v4, entry.v6)
             known = self._relays.get(entry.id)
             if known is None or not known.matches(addresses, entry.username, entry.password):
@@ -87,7 +92,7 @@ class Node:
                     Allocation(entry.id, addresses, entry.username, entry.password, REALM, now, self._random_bytes)
                 )
         for allocation in self._relays:
-            if allocation.relay_id not in added:
+            if allocation.relay_id not in listed:
                 allocation.refresh(now)
         self._settle_relays(now)
         self._migrate(now)
@@ -110,10 +115,7 @@ class Node:
         """Make a connection, or wake the one that has the same parameters. NoRelays if there is no relay."""
         connection = self._connections.by_peer.get(peer_id)
         if connection is not None and connection.parameters == parameters:
-            connection.touch(now)
-            self._signal_candidates(connection)
-            connection.rehandshake(now)
-            self._settle(connection, now)
+            self._reuse(connection, now)
             return
         relay = self._relays.choose()
         if relay is None:
@@ -135,6 +137,15 @@ class Node:
         for candidate in self._initial_candidates(relay):
             connection.agent.add_local_candidate(candidate, now)
         self._signal_candidates(connection)
+        self._settle(connection, now)
+
+    def _reuse(self, connection: Connection, now: float) -> None:
+        """The peer may have lost what we told it: say it again, with what was learnt since (§8.3)."""
+        connection.touch(now)
+        for candidate in self._initial_candidates(self._relays.get(connection.relay_id)):
+            connection.agent.add_local_candidate(candidate, now)
+        self._signal_candidates(connection)
+        connection.rehandshake(now)
         self._settle(connection, now)
 
     def add_remote_candidate(self, peer_id: str, line: str, now: float) -> None:
@@ -192,7 +203,7 @@ class Node:
 
     # data
 
-    def encapsulate(self, peer_id: str, packet: bytes, ecn: int, now: float) -> Transmit | DropReason:
+    def encapsulate(self, peer_id: str, packet: Buffer, ecn: int, now: float) -> Transmit | DropReason:
         """Encrypt an inner packet for a peer; `packet` is anything with the buffer protocol."""
         connection = self._connections.by_peer.get(peer_id)
         if connection is None or connection.path is None:
@@ -214,24 +225,27 @@ class Node:
         return sent._replace(ecn=ecn) if isinstance(sent, Transmit) and ecn else sent
 
     def handle_network_input(
-        self, local: Address, remote: Address, datagram: bytes, now: float
+        self, local: Address, remote: Address, datagram: Datagram, now: float
     ) -> tuple[str, bytes] | DropReason | None:
         """Take a datagram: an inner packet with its peer's id, None if consumed, or why it was dropped."""
         if len(datagram) == 0:
             return DropReason.UNKNOWN_DATAGRAM
         if remote.port == RELAY_PORT:
             allocation = self._relays.by_address(remote)
-            if allocation is not None and datagram[0] <= 3 and is_stun_untrusted(datagram):
+            is_channel_data = 0x40 <= datagram[0] <= 0x4F
+            is_stun = datagram[0] <= 3 and is_stun_untrusted(datagram)
+            if allocation is None:
+                if (is_stun or is_channel_data) and self._relays.is_disconnected(remote):
+                    return DropReason.UNKNOWN_CONNECTION
+            elif is_stun:
                 return self._handle_relay_stun(allocation, local, remote, datagram, now)
-            if allocation is not None and 0x40 <= datagram[0] <= 0x4F:
+            elif is_channel_data:
                 unwrapped = allocation.decapsulate(remote, datagram, now)
                 if isinstance(unwrapped, DropReason):
                     return unwrapped
                 remote, datagram, local = unwrapped
                 if len(datagram) == 0:
                     return DropReason.UNKNOWN_DATAGRAM
-            elif allocation is None and self._relays.is_disconnected(remote):
-                return DropReason.UNKNOWN_CONNECTION
         first = datagram[0]
         if first == 4:
             return self._handle_data(remote, datagram, now)
@@ -270,16 +284,24 @@ class Node:
         """Something the owner should know."""
         return self._events.popleft() if self._events else None
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `poll_event` has something."""
+        return bool(self._events)
+
     # datagrams, by kind
 
     def _handle_relay_stun(
-        self, allocation: Allocation, local: Address, remote: Address, datagram: bytes, now: float
+        self, allocation: Allocation, local: Address, remote: Address, datagram: Datagram, now: float
     ) -> DropReason | None:
         accepted = allocation.handle_input(local, remote, datagram, now)
         self._settle_relays(now)
+        # An answer may be what ends an allocation, or what a connection without relay waits for; no timer tells.
+        self._dispose_relays(now)
+        self._migrate(now)
         return None if accepted else DropReason.STUN_UNEXPECTED
 
-    def _handle_data(self, remote: Address, datagram: bytes, now: float) -> tuple[str, bytes] | DropReason | None:
+    def _handle_data(self, remote: Address, datagram: Datagram, now: float) -> tuple[str, bytes] | DropReason | None:
         connection = self._connections.by_index.get(int.from_bytes(datagram[4:8], "little") >> 8)
         if connection is None:
             return DropReason.WG_UNKNOWN_SESSION
@@ -295,7 +317,7 @@ class Node:
         return None if isinstance(opened, bytes) else opened
 
     def _handle_wireguard(
-        self, first: int, local: Address, remote: Address, datagram: bytes, now: float
+        self, first: int, local: Address, remote: Address, datagram: Datagram, now: float
     ) -> DropReason | None:
         is_verified = first == 1
         if first == 1:
@@ -322,14 +344,14 @@ class Node:
         self._send_from(local, remote, refused, now)
         return DropReason.WG_UNDER_LOAD
 
-    def _handle_peer_stun(self, local: Address, remote: Address, datagram: bytes, now: float) -> DropReason | None:
+    def _handle_peer_stun(self, local: Address, remote: Address, datagram: Datagram, now: float) -> DropReason | None:
         message = Message.parse_untrusted(datagram)
         if isinstance(message, DropReason):
             return message
         if message.is_request:
             connection = self._connections.by_username(message.username or "")
         elif message.is_success:
-            connection = self._connections.answered(message.transaction_id)
+            connection = self._connections.answered(message.transaction_id, now)
         else:
             return DropReason.STUN_UNEXPECTED
         if connection is None:
@@ -367,8 +389,11 @@ class Node:
         self._send_from(check.local, check.remote, check.payload, now)
 
     def _send_on_path(self, connection: Connection, datagram: bytes, now: float) -> None:
-        assert connection.path is not None
-        self._send_from(connection.path.local, connection.path.remote, datagram, now)
+        path = connection.path
+        assert path is not None
+        if path.via_relay and self._owner_of(path.local) is None:
+            return  # the relay is gone, and its address was never one of this host
+        self._send_from(path.local, path.remote, datagram, now)
 
     def _send_from(self, local: Address, remote: Address, payload: bytes, now: float) -> None:
         """Send from a host address, or through the relay that owns `local`."""
@@ -402,6 +427,9 @@ class Node:
                         self._offer(Candidate.srflx(address, base), relay_id, now)
                     case RelayedAdded(address, server_is_ipv4):
                         self._offer(Candidate.relay(address, server_is_ipv4), relay_id, now)
+                        for connection in self._connections.by_peer.values():
+                            if connection.relay_id == relay_id:
+                                self._bind_remotes(connection, relay, now)
                     case RelayedRemoved(address):
                         self._withdraw(address, now)
             self._drain_relay(relay)
@@ -418,6 +446,12 @@ class Node:
                 self._signal(connection, ranked)
                 self._settle(connection, now)
 
+    def _bind_remotes(self, connection: Connection, relay: Allocation, now: float) -> None:
+        """A new allocation has no channels yet, but the peer's candidates are known."""
+        for remote in connection.agent.remote_candidates:
+            if remote.kind in EAGERLY_BOUND:
+                relay.bind_channel(remote.address, now)
+
     def _withdraw(self, relayed: Address, now: float) -> None:
         for connection in list(self._connections.by_peer.values()):
             for candidate in connection.agent.local_candidates:
@@ -427,7 +461,7 @@ class Node:
                     self._settle(connection, now)
                     break
 
-    def _initial_candidates(self, chosen: Allocation) -> list[Candidate]:
+    def _initial_candidates(self, chosen: Allocation | None) -> list[Candidate]:
         found: dict[tuple[CandidateKind, Address], Candidate] = {}
         for relay in self._relays:
             for candidate in _candidates_of(relay, with_relayed=relay is chosen):
@@ -468,9 +502,7 @@ class Node:
             if relay is None:
                 return
             connection.relay_id = relay.relay_id
-            for remote in connection.agent.remote_candidates:
-                if remote.kind in EAGERLY_BOUND:
-                    relay.bind_channel(remote.address, now)
+            self._bind_remotes(connection, relay, now)
             for candidate in _candidates_of(relay, with_relayed=True):
                 ranked = connection.agent.add_local_candidate(candidate, now)
                 if ranked is not None:

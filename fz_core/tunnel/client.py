@@ -13,11 +13,19 @@ from fz_core.crypto import PrivateKey
 from fz_core.ice import Credentials
 from fz_core.node import CLIENT_PROFILES, Node, NoRelays, Parameters
 from fz_core.node import events as node_events
-from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit, build_icmp_prohibited
+from fz_core.packet import (
+    Address,
+    DropCounter,
+    DropReason,
+    IcmpErrorKind,
+    Packet,
+    Transmit,
+    build_icmp_prohibited,
+)
 from fz_core.portal import client as messages
 from fz_core.portal.types import Interface, merge_relays
 from fz_core.tunnel import control
-from fz_core.tunnel.authorizations import PendingAuthorizations
+from fz_core.tunnel.authorizations import RETRY_INTERVAL, PendingAuthorizations
 from fz_core.tunnel.buffers import PacketBuffer
 from fz_core.tunnel.candidates import CandidateOutbox
 from fz_core.tunnel.errors import PacketError
@@ -52,11 +60,13 @@ class ClientTunnel:
         self._interface: Interface | None = None
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._pending = PendingAuthorizations()
+        self._refused_at: dict[str, float] = {}
         self._gateways = Gateways()
         self._waiting: dict[str, tuple[PacketBuffer, PacketBuffer]] = {}
         self._candidates = CandidateOutbox()
         self._portal_is_up = False
         self._last_config: TunConfigChanged | None = None
+        self._config_is_due = False
         self._transmits: deque[Transmit] = deque()
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
@@ -102,14 +112,17 @@ class ClientTunnel:
 
     def set_internet_resource(self, active: bool, now: float) -> None:
         """Switch the internet resource on or off; remembered even before it exists."""
-        self.resources.set_internet_active(active)
-        self._announce_config()
+        switched_off = self.resources.set_internet_active(active)
+        if switched_off is not None:
+            self._release_resource(switched_off, now)
+        self._config_is_due = True
         self._collect(now)
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
         for gateway_id in self.node.peers:
             self.node.close(gateway_id, control.Goodbye().build().data, now)
+            self._forget_gateway(gateway_id, "shutdown")
         self._collect(now)
 
     # packets
@@ -138,6 +151,8 @@ class ClientTunnel:
         if isinstance(packet, DropReason):
             return self._drop(packet, remote, local)
         reason = self._accept(gateway_id, packet, ecn, now)
+        if self.node.has_events:
+            self._collect(now)
         return None if reason is None else self._drop(reason, remote, local)
 
     # time and output
@@ -161,7 +176,9 @@ class ClientTunnel:
         return self._packets.popleft() if self._packets else None
 
     def poll_event(self) -> TunnelEvent | None:
-        """Something the owner should act on or show."""
+        """Something the owner should act on or show. A changed configuration comes first, and only its last state."""
+        if self._config_is_due and (changed := self._changed_config()) is not None:
+            return changed
         return self._events.popleft() if self._events else None
 
     # TUN to network, in the order of §6.1
@@ -236,21 +253,28 @@ class ClientTunnel:
         return None
 
     def _note_prohibition(self, gateway_id: str, packet: Packet, now: float) -> None:
-        """A gateway refuses what we thought allowed: ask the portal again, at most every 2 s per resource."""
+        """A gateway refuses what we thought allowed: ask the portal again, at most every 2 s per resource.
+
+        The access stays until the portal has answered: the refusal may be that of a firewall behind the gateway.
+        """
         error = packet.icmp_error()
-        if error is None or isinstance(error, DropReason) or not error.is_prohibited:
+        if error is None or isinstance(error, DropReason) or error.kind is not IcmpErrorKind.PROHIBITED:
             return
+        if packet.src != error.dst:
+            return  # a router's; an access list answers in the name of the destination (§2.6)
         verdict = self.resources.route(error.dst, error.protocol, error.dst_port)
         if verdict is None or not verdict[1] or self._gateways.serving(verdict[0]) != gateway_id:
             return
-        self._gateways.revoke(verdict[0])
-        self._request(verdict[0], None, now)
+        asked_at = self._refused_at.get(verdict[0])
+        if asked_at is None or now - asked_at >= RETRY_INTERVAL:
+            self._refused_at[verdict[0]] = now
+            self._request(verdict[0], None, now)
 
     # portal messages
 
     def _init(self, message: messages.Init, now: float) -> None:
         wanted = {resource.id for resource in message.resources}
-        for resource_id in self.resources.ids - wanted:
+        for resource_id in sorted(self.resources.ids - wanted):
             self._remove_resource(resource_id, now)
         self.node.update_relays((), merge_relays(message.relays), now)
         for resource in message.resources:
@@ -260,17 +284,19 @@ class ClientTunnel:
     def _configure(self, interface: Interface) -> None:
         self._interface = interface
         self._own_ips = (interface.ipv4.packed, interface.ipv6.packed)
-        self._announce_config()
+        self._config_is_due = True
 
-    def _announce_config(self) -> None:
+    def _changed_config(self) -> TunConfigChanged | None:
+        self._config_is_due = False
         if self._interface is None:
-            return
+            return None
         config = TunConfigChanged(
             self._interface.ipv4, self._interface.ipv6, self.resources.routes(), self._interface.search_domain
         )
-        if config != self._last_config:
-            self._last_config = config
-            self._events.append(config)
+        if config == self._last_config:
+            return None
+        self._last_config = config
+        return config
 
     def _add_resource(self, resource: object, now: float) -> None:
         change = self.resources.upsert(resource)
@@ -278,17 +304,18 @@ class ClientTunnel:
             self._release_resource(change.replaced, now)
         if change.added is not None:
             self._events.append(ResourceActivated(change.added.id, change.added.name, change.added.address))
-        self._announce_config()
+        self._config_is_due = True
 
     def _remove_resource(self, resource_id: str, now: float) -> None:
         removed = self.resources.remove(resource_id)
         if removed is not None:
             self._release_resource(resource_id, now)
             self._events.append(ResourceDeactivated(resource_id, removed.name))
-            self._announce_config()
+            self._config_is_due = True
 
     def _release_resource(self, resource_id: str, now: float) -> None:
         self._pending.drop(resource_id)
+        self._refused_at.pop(resource_id, None)
         idle_gateway = self._gateways.revoke(resource_id)
         if idle_gateway is not None:
             self.node.close(idle_gateway, control.Goodbye().build().data, now)
@@ -296,8 +323,7 @@ class ClientTunnel:
 
     def _authorize(self, message: messages.AuthorizationCreated, now: float) -> None:
         resource = self.resources.get(message.resource_id)
-        packets = self._pending.resolve(message.resource_id) if resource else None
-        if resource is None or packets is None:
+        if resource is None or message.resource_id not in self._pending:
             return
         parameters = Parameters(
             message.gateway_public_key,
@@ -310,6 +336,7 @@ class ClientTunnel:
         try:
             self.node.upsert_connection(message.gateway_id, parameters, now, CLIENT_PROFILES)
         except NoRelays:
+            # The request stays open with its packets, so that traffic asks again, but not at once.
             self._events.append(SendToPortal(messages.NoRelays()))
             return
         self._gateways.authorize(
@@ -322,7 +349,7 @@ class ClientTunnel:
             self._waiting.setdefault(
                 message.gateway_id, (PacketBuffer(CONNECTION_BUFFER), PacketBuffer(CONNECTION_BUFFER))
             )
-        self._replay(packets, now)
+        self._replay(self._pending.resolve(resource.id) or [], now)
 
     def _authorization_failed(self, resource_id: str, reason: str, now: float) -> None:
         self._events.append(ResourceOffline(resource_id, reason))
@@ -362,7 +389,9 @@ class ClientTunnel:
         if waiting is not None:
             self._replay(waiting[0].drain(), now)
             for packet in waiting[1].drain():
-                self._send(gateway_id, packet, now, routed=False)
+                reason = self._send(gateway_id, packet, now, routed=False)
+                if reason is not None:
+                    self._drop(reason)
 
     def _replay(self, packets: list[Packet], now: float) -> None:
         for packet in packets:

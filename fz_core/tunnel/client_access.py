@@ -14,7 +14,7 @@ from fz_core.portal.types import CidrResource, DnsResource, InternetResource
 from fz_core.tunnel.filters import FilterSet
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
-from fz_core.tunnel.traffic import inbound, outbound
+from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
 
 
 class Decision(Enum):
@@ -41,7 +41,7 @@ class ClientAccess:
 
     def __init__(self, client_ips: tuple[bytes, bytes], own_ips: tuple[bytes, bytes]) -> None:
         self.client_ips = client_ips
-        self._own_ips = own_ips
+        self.own_ips = own_ips
         self._grants: dict[str, Grant] = {}
         self._routes = RoutingTable()
         self._has_internet = False
@@ -113,7 +113,7 @@ class ClientAccess:
             return DropReason.OUTBOUND_ICMP_ERROR
         if packet.src not in self.client_ips:
             return Decision.PROHIBITED
-        if dst in self._own_ips:
+        if dst in self.own_ips:
             return Decision.PASS
         if dst in PEER_RANGE:
             return Decision.PROHIBITED
@@ -125,12 +125,14 @@ class ClientAccess:
     def admits(self, packet: Packet) -> bool:
         """Whether a packet of this host or its network may go to the client (§14, from TUN)."""
         src = packet.src
-        if src in self._own_ips:
+        if src in self.own_ips:
             return True
         if packet.dst not in self.client_ips or src in PEER_RANGE:
             return False
         if packet.is_icmp_error:
             return True
+        if not is_classifiable(packet):
+            return False
         if self._has_internet and src not in PROXY_RANGE:
             return src not in INTERNET_REJECTED_RANGE
         verdict = self._routes.lookup(src, *inbound(packet))

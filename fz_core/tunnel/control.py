@@ -13,6 +13,7 @@ from typing import Any
 from fz_core.packet import Packet, build_control
 
 ASSIGNED_IPS, DOMAIN_STATUS, GOODBYE = 0, 1, 2
+MAX_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def parse_untrusted(event_type: int, body: bytes) -> Event | None:
         return Goodbye()
     try:
         fields = json.loads(body)
-        resource, domain = _text(fields["resource"]), _text(fields["domain"])
+        resource, domain = _name(fields["resource"]), _name(fields["domain"])
         if event_type == ASSIGNED_IPS:
             return AssignedIps(resource, domain, tuple(ip_address(_text(i)) for i in fields["proxy_ips"]))
         if event_type == DOMAIN_STATUS:
@@ -79,6 +80,14 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
+
+
+def _name(value: Any) -> str:
+    """An id or a domain. The bound lets every answer that repeats it fit in a packet."""
+    text = _text(value)
+    if len(text) > MAX_NAME or not (text.isascii() and text.isprintable()):
+        raise ValueError
+    return text
 
 
 def _event(event_type: int, body: dict[str, Any]) -> Packet:

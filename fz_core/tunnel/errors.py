@@ -25,7 +25,7 @@ class PacketError(Exception):
 class TunnelErrors(ExceptionGroup[Exception]):
     """All errors of one batch, with their addresses. Nothing else of the batch was lost."""
 
-    def derive(self, excs: Sequence[Exception]) -> TunnelErrors:
+    def derive(self, excs: Sequence[Exception]) -> TunnelErrors:  # type: ignore[override]
         return TunnelErrors(self.message, excs)
 
 

@@ -21,6 +21,7 @@ from fz_core.packet import (
     build_icmp_prohibited,
     build_icmp_unreachable,
 )
+from fz_core.portal import client as shared
 from fz_core.portal import gateway as messages
 from fz_core.portal.types import GatewayInterface, merge_relays
 from fz_core.tunnel import control
@@ -70,7 +71,7 @@ class GatewayTunnel:
     def handle_portal_connected(self, now: float) -> None:
         """The portal accepted our join: tell it what we can do, and all held candidates."""
         self._portal_is_up = True
-        self._events.append(SendToPortal(messages.SetSnownetCapabilities(iceless=False)))
+        self._events.append(SendToPortal(shared.SetSnownetCapabilities(iceless=False)))
         self._collect(now)
 
     def handle_portal_disconnected(self, now: float) -> None:
@@ -84,12 +85,12 @@ class GatewayTunnel:
                 self._init(message, now)
             case messages.CreateAuthorization():
                 self._authorize(message, now)
-            case messages.RejectAccess(client_id, resource_id):
+            case shared.RejectAccess(client_id, resource_id):
                 self._revoke(client_id, resource_id, "revoked", now)
             case messages.ResourceUpdated(resource):
                 for access in self._clients.values():
                     access.update_filters(resource)
-            case messages.RelaysPresence():
+            case shared.RelaysPresence():
                 self.node.update_relays(message.disconnected_ids, merge_relays(message.connected), now)
             case messages.IceCandidates(client_id, candidates):
                 for line in candidates:
@@ -133,6 +134,8 @@ class GatewayTunnel:
         if isinstance(packet, DropReason):
             return self._drop(packet, remote, local)
         reason = self._accept(client_id, packet, ecn, now)
+        if self.node.has_events:
+            self._collect(now)
         return None if reason is None else self._drop(reason, packet.src, packet.dst)
 
     # time and output
@@ -225,9 +228,11 @@ class GatewayTunnel:
         self._own_ips = (message.interface.ipv4.packed, message.interface.ipv6.packed)
         self.node.update_relays((), merge_relays(message.relays), now)
         self._events.append(TunConfigChanged(message.interface.ipv4, message.interface.ipv6, frozenset(PEERS)))
+        for access in self._clients.values():
+            access.own_ips = self._own_ips
         listed = {(a.client_id, a.resource_id): a.expires_at for a in message.authorizations}
         for client_id, access in list(self._clients.items()):
-            for resource_id in access.resource_ids:
+            for resource_id in sorted(access.resource_ids):
                 if (client_id, resource_id) in listed:
                     access.set_expiry(resource_id, self._monotonic(listed[client_id, resource_id], now))
                 else:
@@ -246,7 +251,7 @@ class GatewayTunnel:
         try:
             self.node.upsert_connection(client.id, parameters, now, GATEWAY_PROFILES)
         except NoRelays:
-            self._events.append(SendToPortal(messages.NoRelays()))
+            self._events.append(SendToPortal(shared.NoRelays()))
             return
         self._grant(message, now)
         self._events.append(SendToPortal(messages.AuthorizationCreated(message.ref)))
@@ -301,7 +306,8 @@ class GatewayTunnel:
         access = self._clients.get(client_id)
         if access is not None:
             for ip in access.client_ips:
-                self._by_ip.pop(ip, None)
+                if self._by_ip.get(ip) == client_id:
+                    del self._by_ip[ip]
 
     # what the node reports
 
@@ -323,7 +329,7 @@ class GatewayTunnel:
                 case node_events.ConnectionClosed(peer_id):
                     self._candidates.forget(peer_id)
                 case node_events.RelaysExhausted():
-                    self._events.append(SendToPortal(messages.NoRelays()))
+                    self._events.append(SendToPortal(shared.NoRelays()))
         if self._portal_is_up:
             for batch in self._candidates.release():
                 client_ids = (batch.peer_id,)

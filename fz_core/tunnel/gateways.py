@@ -65,7 +65,8 @@ class Gateways:
         for resource_id in gateway.resources:
             del self._by_resource[resource_id]
         for ip in gateway.tunnel_ips:
-            self._by_tunnel_ip.pop(ip, None)
+            if self._by_tunnel_ip.get(ip) == gateway_id:
+                del self._by_tunnel_ip[ip]
         return True
 
     def serving(self, resource_id: str) -> str | None:

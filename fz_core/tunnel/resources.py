@@ -73,9 +73,10 @@ class Resources:
             self._internet_id = None
         return summary(resource)
 
-    def set_internet_active(self, active: bool) -> None:
-        """Switch the internet resource, present or future."""
-        self._internet_wanted = active
+    def set_internet_active(self, active: bool) -> str | None:
+        """Switch the internet resource, present or future; its id if this ended its use."""
+        was_active, self._internet_wanted = self._internet_wanted, active
+        return self._internet_id if was_active and not active else None
 
     def route(self, dst: bytes, protocol: int, port: int) -> tuple[str, bool] | None:
         """The resource this traffic is for and whether its filters allow it."""
@@ -107,6 +108,10 @@ def summary(resource: Any) -> Summary:
 
 
 def _essence(resource: Any) -> Any:
-    """The resource without its texts: what decides whether connections survive an update."""
-    texts = {name: "" for name in ("name", "address_description") if hasattr(resource, name)}
-    return replace(resource, **texts)
+    """The resource without texts and order: what decides whether connections survive an update."""
+    neutral: dict[str, Any] = {name: "" for name in ("name", "address_description") if hasattr(resource, name)}
+    if hasattr(resource, "sites"):
+        neutral["sites"] = frozenset(site.id for site in resource.sites)
+    if hasattr(resource, "filters"):
+        neutral["filters"] = frozenset(resource.filters)
+    return replace(resource, **neutral)

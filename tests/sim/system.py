@@ -23,9 +23,11 @@ from fz_core.portal.types import (
     INGEST_CLAIMS,
     Authorization,
     CidrResource,
+    DnsResource,
     GatewayInterface,
     IceCredentials,
     Interface,
+    InternetResource,
     Relay,
     Resource,
     Site,
@@ -37,6 +39,7 @@ from fz_core.turn.server_auth import relay_credentials, relay_id
 from tests.sim.underlay import Faults, Host, Nat, Underlay, World
 
 PORT = 52625
+MAX_DATAGRAM = 1316
 EPOCH = 1_700_000_000.0
 FAR_FUTURE = 2_145_916_800
 SITE = Site("00000000-0000-4000-8000-000000000001", "site")
@@ -120,6 +123,7 @@ class Peer:
     host: Host
     state: Any
     send_to_portal: Callable[[Any], None]
+    name: str = ""
     packets: list[Packet] = field(default_factory=list)
     events: list[Any] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
@@ -148,6 +152,8 @@ class Peer:
 
     def drain(self) -> None:
         while (transmit := self.state.poll_transmit()) is not None:
+            assert transmit.local is None or transmit.local.ip in self.host.ips.values(), f"not our address: {transmit}"
+            assert len(transmit.payload) <= MAX_DATAGRAM
             self.net.send(self.host, PORT, transmit.remote, transmit.payload, transmit.ecn)
         while (packet := self.state.poll_packet()) is not None:
             self.packets.append(packet)
@@ -182,12 +188,16 @@ class SimPortal:
 
     def __init__(self, world: World, relays: list[SimRelay], latency: float = 0.005) -> None:
         self.world, self.relays, self.latency = world, relays, latency
+        self.grants: dict[tuple[str, str], None] = {}
+        self.offline: set[str] = set()
+        self.relay_round = ""
         self.resources: list[Resource] = [RESOURCE]
         self.peers: dict[str, tuple[str, Peer, bytes, tuple[IPv4Address, IPv6Address]]] = {}
         self.pending: dict[str, tuple[str, str, str]] = {}
         self.expires_at: int | None = None
         self.is_up = True
         self.log: list[tuple[float, str, str]] = []
+        self.turn = 0
         self._next_ip = 0
 
     def connect(self, role: str, name: str, peer: Peer, public_key: bytes) -> str:
@@ -199,23 +209,47 @@ class SimPortal:
         else:
             ips = known[3]
         self.peers[identity] = (role, peer, public_key, ips)
+        self.reconnect(identity)
+        return identity
+
+    def disconnect(self, identity: str) -> None:
+        """The peer's link to the portal breaks; what is under way in either direction is lost."""
+        self.offline.add(identity)
+        peer = self.peers[identity][1]
+        peer.state.handle_portal_disconnected(self.world.now)
+        peer.drain()
+
+    def reconnect(self, identity: str) -> None:
+        self.offline.discard(identity)
+        peer = self.peers[identity][1]
         peer.state.handle_portal_connected(self.world.now)
         self.to(identity, self.init(identity))
         peer.drain()
-        return identity
 
     def init(self, identity: str) -> Any:
-        role, _, key, (v4, v6) = self.peers[identity]
-        relays = tuple(e for relay in self.relays for e in relay.entries(key))
+        role, _, _, (v4, v6) = self.peers[identity]
+        relays = self.relay_entries(identity)
         if role == "client":
             return c.Init(Interface(v4, v6), tuple(self.resources), relays)
-        grants = [
-            Authorization(i, r.id, self.expires_at)
-            for i, (kind, *_) in self.peers.items()
-            for r in self.resources
-            if kind == "client"
-        ]
+        grants = [Authorization(client, resource, self.expires_at) for client, resource in self.grants]
         return g.Init(GatewayInterface(v4, v6), relays, tuple(grants))
+
+    def relay_entries(self, identity: str) -> tuple[Relay, ...]:
+        key = self.peers[identity][2] + self.relay_round.encode()
+        return tuple(e for relay in self.relays for e in relay.entries(key))
+
+    def replace_relay_credentials(self, text: str) -> None:
+        """Everybody gets other credentials for the same relays."""
+        self.relay_round = text
+        for identity, (role, *_) in self.peers.items():
+            kind = c.RelaysPresence if role == "client" else g.RelaysPresence
+            self.to(identity, kind((), self.relay_entries(identity)))
+
+    def revoke(self, client: str, resource_id: str) -> None:
+        self.grants.pop((client, resource_id), None)
+        for identity, (role, *_) in self.peers.items():
+            if role == "gateway":
+                self.to(identity, c.RejectAccess(client, resource_id))
 
     def to(self, identity: str, message: Any) -> None:
         """Portal to peer, through JSON."""
@@ -225,11 +259,17 @@ class SimPortal:
         decoded = codec.parse(event, json.loads(json.dumps(payload)))
         assert decoded == message, (decoded, message)
         self.log.append((self.world.now, f"to {role}", event))
-        self.world.after(self.latency, lambda: peer.tell(decoded) if self.is_up else None)
+        self.world.after(self.latency, lambda: peer.tell(decoded) if self._is_linked(identity) else None)
+
+    def _is_linked(self, identity: str) -> bool:
+        return self.is_up and identity not in self.offline
 
     def sender(self, identity_of: Callable[[], str]) -> Callable[[Any], None]:
         def send(message: Any) -> None:
-            self.world.after(self.latency, lambda: self._handle(identity_of(), message) if self.is_up else None)
+            identity = identity_of()
+            self.world.after(
+                self.latency, lambda: self._handle(identity, message) if self._is_linked(identity) else None
+            )
 
         return send
 
@@ -240,8 +280,8 @@ class SimPortal:
         message = codec.parse(event, json.loads(json.dumps(payload)))
         self.log.append((self.world.now, f"from {role}", event))
         match message:
-            case c.RequestAuthorization(resource_id):
-                self._request(identity, resource_id)
+            case c.RequestAuthorization(resource_id, preferred):
+                self._request(identity, resource_id, preferred)
             case g.AuthorizationCreated(ref):
                 self._created(ref)
             case c.NewGatewayIceCandidates(gateway_id, candidates):
@@ -255,27 +295,32 @@ class SimPortal:
                 for client in clients:
                     self.to(client, c.InvalidateGatewayIceCandidates(identity, candidates))
             case c.NoRelays():
-                key = self.peers[identity][2]
-                relays = tuple(e for relay in self.relays for e in relay.entries(key))
-                self.to(identity, c.RelaysPresence((), relays))
+                self.to(identity, c.RelaysPresence((), self.relay_entries(identity)))
 
-    def _request(self, client: str, resource_id: str) -> None:
-        gateways = [i for i, (role, peer, *_) in self.peers.items() if role == "gateway" and not peer.is_dead]
+    def _request(self, client: str, resource_id: str, preferred: tuple[str, ...] = ()) -> None:
+        gateways = [
+            i
+            for i, (role, peer, *_) in self.peers.items()
+            if role == "gateway" and not peer.is_dead and i not in self.offline
+        ]
         if not gateways:
             self.to(client, c.AuthorizationCreationFailed(resource_id, c.FailReason.OFFLINE))
             return
-        gateway, ref = gateways[0], str(len(self.log))
+        known = [gateway for gateway in preferred if gateway in gateways]
+        gateway = known[0] if known else gateways[self.turn % len(gateways)]
+        self.turn += 1
+        ref = str(len(self.log))
         self.pending[ref] = (client, gateway, resource_id)
+        self.grants[client, resource_id] = None
         keys = self.peers[client][2] + self.peers[gateway][2]
         resource = next(r for r in self.resources if r.id == resource_id)
-        assert isinstance(resource, CidrResource)
         _, _, key, (v4, v6) = self.peers[client]
         self.to(
             gateway,
             g.CreateAuthorization(
                 ref,
                 g.Client(client, key, hashlib.sha256(b"psk" + keys).digest(), v4, v6),
-                CidrResource(resource.id, resource.address, resource.name, resource.filters),
+                as_seen_by_gateway(resource),
                 *credentials(keys),
                 self.expires_at,
                 False,
@@ -285,6 +330,8 @@ class SimPortal:
 
     def _created(self, ref: str) -> None:
         client, gateway, resource_id = self.pending.pop(ref)
+        if self.peers[gateway][1].is_dead:
+            return
         keys = self.peers[client][2] + self.peers[gateway][2]
         _, _, key, (v4, v6) = self.peers[gateway]
         psk = hashlib.sha256(b"psk" + keys).digest()
@@ -294,6 +341,17 @@ class SimPortal:
                 resource_id, gateway, SITE.id, key, v4, v6, psk, *credentials(keys), False, INGEST_TOKEN
             ),
         )
+
+
+def as_seen_by_gateway(resource: Resource) -> Any:
+    match resource:
+        case CidrResource():
+            return CidrResource(resource.id, resource.address, resource.name, resource.filters)
+        case InternetResource():
+            return InternetResource(resource.id)
+        case DnsResource():
+            return DnsResource(resource.id, resource.address, resource.name, resource.filters)
+    raise AssertionError(resource)
 
 
 def credentials(keys: bytes) -> tuple[IceCredentials, IceCredentials]:
@@ -323,12 +381,17 @@ class Scenario:
     relay_v4: bool = True
     relay_v6: bool = False
     relays: int = 1
+    clients: int = 1
+    gateways: int = 1
     faults: Faults = field(default_factory=Faults)
     latency: float = 0.005
 
 
 class System:
-    """One client, one gateway whose network holds an echo server at 10.0.0.80, relays, a portal."""
+    """Clients, gateways whose network holds an echo server at 10.0.0.80, relays, a portal.
+
+    `client` and `gateway` are the first ones.
+    """
 
     def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
         self.scenario = s = scenario or Scenario()
@@ -345,12 +408,17 @@ class System:
             for n in range(s.relays)
         ]
         self.portal = SimPortal(self.world, self.relays, s.latency)
-        self.gateway = self._peer("gateway", "g", GatewayTunnel, s.gateway_nat, s.gateway_families, 31)
-        self.client = self._peer("client", "c", ClientTunnel, s.client_nat, s.client_families, 30)
-        self.gateway.on_packet = self._echo
+        self.gateways = [
+            self._peer("gateway", "g" * (n + 1), s.gateway_nat, s.gateway_families, 31 + 2 * n)
+            for n in range(s.gateways)
+        ]
+        self.clients = [
+            self._peer("client", "c" * (n + 1), s.client_nat, s.client_families, 30 + 2 * n) for n in range(s.clients)
+        ]
+        self.gateway, self.client = self.gateways[0], self.clients[0]
         self.world.run_for(1.0)
 
-    def _peer(self, role: str, name: str, kind: Any, nat: str, families: tuple[int, ...], net: int) -> Peer:
+    def _peer(self, role: str, name: str, nat: str, families: tuple[int, ...], net: int) -> Peer:
         translation = Nat("none" if nat == "public" else nat)
         inner = {4: f"172.{net}.0.100", 16: f"172:{net}::100"}
         outer = {4: f"203.0.113.{net}", 16: f"203:0:113::{net}"}
@@ -360,17 +428,27 @@ class System:
             relay_ips = {ip for relay in self.relays for ip in relay.host.ips.values()}
             translation.blocked = lambda _inner, remote: remote.ip not in relay_ips
         host = self.net.add(name, {f: ip_address(used[f]).packed for f in families}, translation, self.scenario.latency)
-        key = PrivateKey(self.world.bytes(32))
-        state = kind(key, self.world.now, EPOCH, self.world.bytes)
         identity = uuid_of(f"{role} {name}")
-        peer = Peer(self.world, self.net, host, state, self.portal.sender(lambda: identity))
+        peer = Peer(self.world, self.net, host, None, self.portal.sender(lambda: identity), name)
         peer.listen()
-        self.portal.connect(role, name, peer, key.public)
+        if role == "gateway":
+            peer.on_packet = lambda packet: self._echo(peer, packet)
+        self.start(role, peer)
         return peer
+
+    def start(self, role: str, peer: Peer) -> None:
+        """Start a peer, for the first time or anew: what it knew is gone, its sockets have the same ports."""
+        key = PrivateKey(self.world.bytes(32))
+        kind: Any = ClientTunnel if role == "client" else GatewayTunnel
+        peer.state, peer.wake_at, peer.is_dead = kind(key, self.world.now, EPOCH, self.world.bytes), None, False
+        self.portal.connect(role, peer.name, peer, key.public)
 
     @property
     def client_ip(self) -> bytes:
-        return self.portal.peers[uuid_of("client c")][3][0].packed
+        return self.ip_of(self.client_id)
+
+    def ip_of(self, identity: str, version: int = 4) -> bytes:
+        return self.portal.peers[identity][3][0 if version == 4 else 1].packed
 
     @property
     def client_id(self) -> str:
@@ -380,13 +458,14 @@ class System:
     def gateway_id(self) -> str:
         return uuid_of("gateway g")
 
-    def _echo(self, packet: Packet) -> None:
+    def _echo(self, gateway: Peer, packet: Packet) -> None:
         if packet.dst == SERVER and packet.protocol == 17:
             reply = build_udp(packet.dst, packet.src, packet.dst_port, packet.src_port, packet.payload)
-            self.world.after(0.0001, lambda: self.gateway.send(reply))
+            self.world.after(0.0001, lambda: None if gateway.is_dead else gateway.send(reply))
 
-    def ask(self, payload: bytes, port: int = 7000) -> None:
-        self.client.send(build_udp(self.client_ip, SERVER, port, 7, payload))
+    def ask(self, payload: bytes, port: int = 7000, client: Peer | None = None) -> None:
+        client = client or self.client
+        client.send(build_udp(self.ip_of(uuid_of(f"client {client.name}")), SERVER, port, 7, payload))
 
     @property
     def answers(self) -> list[bytes]:
