@@ -86,10 +86,11 @@ class Process:
 
     def kill(self) -> int:
         """SIGKILL to the program and what it started; its exit status."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if self.is_running:  # an ended one's number may belong to a stranger
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         status = self._popen.wait(5)
         self._file.close()
         return status

@@ -13,13 +13,17 @@ Addresses as in `spec/binaries.md` §12.1: the internet is 203.0.113.0/24 and 20
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +32,8 @@ from fz_core.lab.processes import LabError, Process, run
 BRIDGE = "internet"
 INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
 CLONE_NEWNET = 0x40000000
+NETNS_FOLDER, ETC_FOLDER = Path("/run/netns"), Path("/etc/netns")
+_numbers = itertools.count()
 NAT_FLAVOURS = ("none", "cone", "symmetric")
 SYSCTLS = (
     "net.ipv6.conf.all.disable_ipv6=0",
@@ -42,7 +48,8 @@ class Namespace:
     """A network namespace with the programs in it."""
 
     def __init__(self, lab: Lab, name: str) -> None:
-        self.lab, self.name, self.netns = lab, name, f"fz{os.getpid()}-{name}"
+        self.lab, self.name, self.netns = lab, name, f"{lab.prefix}{name}"
+        self._delay_lines: dict[str, Process] = {}
         run(["ip", "netns", "add", self.netns])
         lab.namespaces.append(self)
         self.ip("link", "set", "lo", "up")
@@ -91,10 +98,22 @@ class Namespace:
 
     def delay(self, device: str, milliseconds: float = 0.0, loss: float = 0.0) -> None:
         """Delay, in one direction, and drop (percent) what leaves by this device; zeros remove both."""
-        run(["tc", "-n", self.netns, "qdisc", "del", "dev", device, "root"], check=False)
-        if milliseconds or loss:
-            settings = ["delay", f"{milliseconds}ms", "limit", "100000", *(["loss", f"{loss}%"] if loss else [])]
-            run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, "root", "netem", *settings])
+        line = self._delay_lines.pop(device, None)
+        if line is not None:
+            line.stop()
+        for root in ("root", "clsact"):
+            run(["tc", "-n", self.netns, "qdisc", "del", "dev", device, root], check=False)
+        if not milliseconds and not loss:
+            return
+        netem = ["netem", "limit", "100000", "delay", f"{milliseconds}ms", "loss", f"{loss}%"]
+        if run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, "root", *netem], check=False).returncode == 0:
+            return
+        module = [sys.executable, "-m", "fz_core.lab.delay_line"]  # this kernel has no netem
+        line = self.spawn(
+            f"{self.name}-{device}-delay{len(self.lab.processes)}", [*module, device, str(milliseconds), str(loss)]
+        )
+        line.wait_for_line("^holding")
+        self._delay_lines[device] = line
 
 
 class Host(Namespace):
@@ -106,7 +125,7 @@ class Host(Namespace):
 
     def write_etc(self, name: str, text: str) -> None:
         """Give programs in this namespace their own /etc/<name>."""
-        folder = Path("/etc/netns") / self.netns
+        folder = ETC_FOLDER / self.netns
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
@@ -121,7 +140,6 @@ class Router(Namespace):
         self.number, self.families = number, families
         self.public_ipv4 = f"203.0.113.{number}" if 4 in families else None
         self.public_ipv6 = f"203:0:113::{number}" if 6 in families else None
-        self._hosts = 0
         lab.plug(self, "internet", self.public_ipv4, self.public_ipv6)
         self.sysctl("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
         self.ip("link", "add", "lan", "type", "bridge")
@@ -130,16 +148,16 @@ class Router(Namespace):
         if 6 in families:
             self.ip("addr", "add", f"172:{number}::254/64", "dev", "lan", "nodad")
         self.ip("link", "set", "lan", "up")
-        if nat != "none":
+        self.is_open = nat == "none"
+        self.hosts: list[Host] = []
+        if not self.is_open:
             self._masquerade("random,fully-random" if nat == "symmetric" else "")
-        else:
-            lab.announce(self)
 
     def attach(self, host: Host) -> None:
         """Give a host an address and the routes to the internet, and nowhere else."""
-        self._hosts += 1
-        last = 99 + self._hosts
-        port = f"lan{self._hosts}"
+        self.hosts.append(host)
+        last = 99 + len(self.hosts)
+        port = f"lan{len(self.hosts)}"
         link(host, host.device, self, port)
         self.ip("link", "set", port, "master", "lan")
         if 4 in self.families:
@@ -150,6 +168,13 @@ class Router(Namespace):
             host.ipv6 = f"172:{self.number}::{last}"
             host.ip("addr", "add", f"{host.ipv6}/64", "dev", host.device, "nodad")
             host.ip("route", "add", INTERNET_V6, "via", f"172:{self.number}::254")
+
+    def forward_port(self, protocol: str, port: int, host: Host) -> None:
+        """Let the internet reach a host's port ("udp" or "tcp") under the router's own addresses."""
+        for family, keyword, address in (("ipv4", "ip", host.ipv4), ("ipv6", "ip6", host.ipv6)):
+            if address is not None:
+                match = f'iifname "internet" meta nfproto {family} {protocol} dport {port}'
+                self.nft(f"add rule inet nat prerouting {match} dnat {keyword} to {address}")
 
     def block_udp(self, *but_to: str) -> None:
         """Drop all UDP that is not to or from these addresses: what a strict firewall does to direct paths."""
@@ -178,9 +203,21 @@ class Router(Namespace):
                 type nat hook postrouting priority srcnat
                 oifname "internet" masquerade {mode}
               }}
+              chain prerouting {{
+                type nat hook prerouting priority dstnat
+              }}
               chain forward {{
                 type filter hook forward priority filter; policy accept
                 iifname "internet" ct state established,related accept
+                iifname "internet" ct status dnat accept
+                iifname "internet" drop
+              }}
+              # What nobody asked for must leave no trace: an entry of connection tracking would take the
+              # port from the host inside, which is about to send to that very peer.
+              chain input {{
+                type filter hook input priority filter; policy accept
+                iifname "internet" ct state established,related accept
+                iifname "internet" meta l4proto {{ icmp, ipv6-icmp }} accept
                 iifname "internet" drop
               }}
             }}"""
@@ -201,9 +238,12 @@ class Lab:
         self.namespaces: list[Namespace] = []
         self.processes: list[Process] = []
         self._routers: list[Router] = []
+        self._public: list[Host] = []
+        self.prefix = f"fz{os.getpid()}.{next(_numbers)}-"
         self._ports = 0
 
     def __enter__(self) -> Lab:
+        remove_stale()
         try:
             self.internet = Namespace(self, "internet")
             self.internet.ip("link", "add", BRIDGE, "type", "bridge")
@@ -220,26 +260,34 @@ class Lab:
 
     def close(self) -> None:
         """End every program and remove every namespace; harmless when repeated."""
-        for process in reversed(self.processes):
-            process.kill()
+        with ExitStack() as steps:  # each step runs even if another fails or is interrupted
+            if self._own_folder:
+                steps.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            for namespace in self.namespaces:
+                steps.callback(_remove_namespace, namespace.netns)
+            for process in self.processes:
+                steps.callback(process.kill)
         self.processes.clear()
-        for namespace in reversed(self.namespaces):
-            run(["ip", "netns", "del", namespace.netns], check=False)
-            shutil.rmtree(Path("/etc/netns") / namespace.netns, ignore_errors=True)
         self.namespaces.clear()
-        if self._own_folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def leftovers(self) -> list[str]:
+        """Namespaces, files and programs of this lab that still exist; empty after `close`."""
+        places = [f for folder in (NETNS_FOLDER, ETC_FOLDER) if folder.is_dir() for f in folder.iterdir()]
+        found = [str(f) for f in places if f.name.startswith(self.prefix)]
+        return found + [process.name for process in self.processes if process.is_running]
 
     def router(self, name: str, number: int, *, nat: str = "cone", families: tuple[int, ...] = (4, 6)) -> Router:
         """A router with the outer address 203.0.113.<number> and the local network 172.<number>.0.0/24."""
         router = Router(self, name, number, nat, families)
         self._routers.append(router)
+        self._route_to_open_networks()
         return router
 
     def host(self, name: str, router: Router) -> Host:
         """A machine behind a router."""
         host = Host(self, name)
         router.attach(host)
+        self._route_to_open_networks()
         return host
 
     def public_host(self, name: str, number: int, *, families: tuple[int, ...] = (4, 6)) -> Host:
@@ -248,6 +296,8 @@ class Lab:
         host.ipv4 = f"203.0.113.{number}" if 4 in families else None
         host.ipv6 = f"203:0:113::{number}" if 6 in families else None
         self.plug(host, host.device, host.ipv4, host.ipv6)
+        self._public.append(host)
+        self._route_to_open_networks()
         return host
 
     def private_network(self, gateway: Host, host: str, number: int) -> Host:
@@ -283,13 +333,28 @@ class Lab:
         if ipv6 is not None:
             namespace.ip("addr", "add", f"{ipv6}/64", "dev", device, "nodad")
 
-    def announce(self, router: Router) -> None:
-        """Without NAT, everybody on the internet needs a route to the network behind the router."""
-        for namespace in self.namespaces:
-            if (isinstance(namespace, Router) and namespace is not router) or isinstance(namespace, Host):
-                for ip, network in ((router.public_ipv4, f"172.{router.number}.0.0/24"),):
-                    if ip is not None:
-                        run(["ip", "-n", namespace.netns, "route", "add", network, "via", ip], check=False)
+    def _route_to_open_networks(self) -> None:
+        """Without translation, everybody needs a route to the network behind the router."""
+        for router in (r for r in self._routers if r.is_open):
+            nets = (
+                ("-4", f"172.{router.number}.0.0/24", router.public_ipv4, "0.254"),
+                ("-6", f"172:{router.number}::/64", router.public_ipv6, ":254"),
+            )
+            for family, network, via, last in nets:
+                if via is None:
+                    continue
+                for other in (*self._public, *self._routers):
+                    if other is not router:
+                        _replace_route(other, family, network, via)
+                for other in (r for r in self._routers if r is not router):
+                    inner = f"172.{other.number}.{last}" if family == "-4" else f"172:{other.number}:{last}"
+                    for host in other.hosts:
+                        _replace_route(host, family, network, inner)
+
+
+def _replace_route(namespace: Namespace, family: str, network: str, via: str) -> None:
+    """A member without this family refuses, and needs no route."""
+    run(["ip", "-n", namespace.netns, family, "route", "replace", network, "via", via], check=False)
 
 
 def link(a: Namespace, device_a: str, b: Namespace, device_b: str) -> None:
@@ -297,6 +362,25 @@ def link(a: Namespace, device_a: str, b: Namespace, device_b: str) -> None:
     run(["ip", "link", "add", device_a, "netns", a.netns, "type", "veth", "peer", "name", device_b, "netns", b.netns])
     for namespace, device in ((a, device_a), (b, device_b)):
         namespace.ip("link", "set", device, "txqueuelen", "10000", "up")
+
+
+def remove_stale() -> None:
+    """Remove the namespaces of labs whose process was killed."""
+    for folder in (NETNS_FOLDER, ETC_FOLDER):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            found = re.match(r"fz(\d+)\.\d+-", path.name)
+            if found and not Path("/proc", found[1]).exists():
+                _remove_namespace(path.name)
+
+
+def _remove_namespace(netns: str) -> None:
+    """With the programs that outlived their parents in it, by process id."""
+    for pid in run(["ip", "netns", "pids", netns], check=False).stdout.split():
+        if int(pid) != os.getpid():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    run(["ip", "netns", "del", netns], check=False)
+    shutil.rmtree(ETC_FOLDER / netns, ignore_errors=True)
 
 
 def _setns(fd: int) -> None:
