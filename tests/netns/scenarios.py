@@ -6,7 +6,8 @@ A scenario returns a note for people (or nothing) and raises on failure.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fz_core.lab import Lab, LabError
 from fz_core.lab.system import Programs, Shape, System
@@ -15,17 +16,13 @@ Scenario = Callable[[Programs], str]
 MEGABYTES = 5
 
 
-def running(programs: Programs, shape: Shape | None = None) -> tuple[Lab, System]:
-    """A lab with a started system; the caller closes the lab."""
-    lab = Lab()
-    lab.__enter__()
-    try:
+@contextmanager
+def running(programs: Programs, shape: Shape | None = None) -> Iterator[System]:
+    """A started system in a lab of its own."""
+    with Lab() as lab:
         system = System(lab, programs, shape)
         system.start()
-    except BaseException:
-        lab.close()
-        raise
-    return lab, system
+        yield system
 
 
 def eventually(system: System, seconds: float, *, family: int = 4, client: int = 0) -> float:
@@ -52,8 +49,7 @@ def download(shape: Shape, path: str, *, family: int = 4, block: bool = False) -
     """A scenario: connect, fetch a file, look at the path."""
 
     def scenario(programs: Programs) -> str:
-        lab, system = running(programs, shape)
-        with lab:
+        with running(programs, shape) as system:
             if block:
                 system.block_direct()
             first = eventually(system, 20.0, family=family)
@@ -74,8 +70,7 @@ def complain(system: System) -> None:
 
 def two_clients(programs: Programs) -> str:
     """Two clients use one gateway at once."""
-    lab, system = running(programs)
-    with lab:
+    with running(programs) as system:
         system.add_client("client2", 32)
         for client in (0, 1):
             eventually(system, 20.0, client=client)
@@ -86,8 +81,7 @@ def two_clients(programs: Programs) -> str:
 
 def gateway_restart(programs: Programs) -> str:
     """The gateway stops and starts; traffic resumes by itself."""
-    lab, system = running(programs)
-    with lab:
+    with running(programs) as system:
         eventually(system, 20.0)
         started_at = time.monotonic()
         system.restart(system.gateways[0])
@@ -97,8 +91,7 @@ def gateway_restart(programs: Programs) -> str:
 
 def client_restart(programs: Programs) -> str:
     """The client stops and starts with a new key; the gateway takes it back."""
-    lab, system = running(programs)
-    with lab:
+    with running(programs) as system:
         eventually(system, 20.0)
         system.restart(system.clients[0])
         took = eventually(system, 20.0)
@@ -109,8 +102,7 @@ def client_restart(programs: Programs) -> str:
 
 def revocation(programs: Programs) -> str:
     """Access is taken away during a transfer: it ends; given again, it works again."""
-    lab, system = running(programs)
-    with lab:
+    with running(programs) as system:
         eventually(system, 20.0)
         host = system.clients[0].host
         transfer = host.spawn(
@@ -137,8 +129,7 @@ def revocation(programs: Programs) -> str:
 
 def portal_away(programs: Programs) -> str:
     """Without the portal an established tunnel goes on; with it back, everything goes on."""
-    lab, system = running(programs)
-    with lab:
+    with running(programs) as system:
         eventually(system, 20.0)
         system.portal.kill()
         time.sleep(2.0)
