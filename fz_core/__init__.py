@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+_PACKET = Path(__file__).parent / "packet"
+if not any((_PACKET / f"packet{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+    raise ImportError(
+        "fz_core is not built for this Python: run 'make build', or 'python setup.py build_ext --inplace'"
+    )
 
 if TYPE_CHECKING:
     from fz_core.driver import ConfigError, Role, Tunnel, TunnelConfig, TunnelFailed

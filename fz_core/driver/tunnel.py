@@ -25,7 +25,16 @@ from fz_core.driver import clock
 from fz_core.driver.config import ConfigError, Role, TunnelConfig, TunnelFailed
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
-from fz_core.linux import HostError, Interface, TunDevice, UdpSocket, os_version
+from fz_core.linux import (
+    DEBOUNCE,
+    HostError,
+    Interface,
+    NetworkMonitor,
+    TunDevice,
+    UdpSocket,
+    os_version,
+    read_smbios,
+)
 from fz_core.portal import (
     BadUrl,
     Connected,
@@ -121,6 +130,7 @@ class Tunnel:
                 nursery.start_soon(link.run)
                 nursery.start_soon(self._listen, link, loop)
                 nursery.start_soon(self._configure, interface, configs)
+                nursery.start_soon(_follow_network, interface)
                 await loop.run()
                 nursery.cancel_scope.cancel()
         except* (TunnelFailed, HostError) as failed:
@@ -197,7 +207,7 @@ def _login(config: TunnelConfig) -> Login:
         config.role.value,
         config.api_url,
         user_agent(system, system_version, COMPONENTS[config.role], config.version, arch, kernel),
-        {"external_id": external_id(config.device_id), "name": config.name},
+        {"external_id": external_id(config.device_id), "name": config.name, **_hardware(config.role)},
         config.token,
     )
     try:
@@ -205,6 +215,29 @@ def _login(config: TunnelConfig) -> Login:
     except BadUrl as error:
         raise ConfigError(str(error)) from None
     return login
+
+
+def _hardware(role: Role) -> dict[str, str]:
+    """What a client tells about its machine, as far as it can be read."""
+    if role is not Role.CLIENT:
+        return {}
+    smbios = read_smbios()
+    known = {"device_serial": smbios.serial, "device_uuid": smbios.uuid}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+async def _follow_network(interface: Interface) -> None:
+    """Keep the LAN's own routes ahead of the internet resource while networks come and go."""
+    monitor = NetworkMonitor()
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(monitor.fileno())
+            while monitor.drain():
+                await trio.sleep(DEBOUNCE)
+            if interface.families:
+                await trio.to_thread.run_sync(interface.sync_link_scope_routes)
+    finally:
+        monitor.close()
 
 
 def _bind_sockets(port: int) -> list[UdpSocket]:

@@ -81,7 +81,8 @@ async def run(options: argparse.Namespace, policy: Policy, store: Store, tls: ss
     state = PortalState(policy, store, unix_epoch=time.time() - now, random_bytes=secrets.token_bytes, now=now)
     server = PortalServer(state)
     host, port = options.listen
-    listeners: list[trio.SocketListener] = await trio.open_tcp_listeners(port, host=host)
+    # `[::]` means every address of both families, as elsewhere; trio would serve IPv6 alone.
+    listeners: list[trio.SocketListener] = await trio.open_tcp_listeners(port, host=None if host == "::" else host)
     if port == 80 and tls is None:
         log.warning("Listening on port 80: peers given ws://HOST:80 dial 443, choose another port")
     with trio.open_signal_receiver(signal.SIGHUP, signal.SIGINT, signal.SIGTERM) as signals:
@@ -96,6 +97,7 @@ async def run(options: argparse.Namespace, policy: Policy, store: Store, tls: ss
                 if number != signal.SIGHUP:
                     nursery.cancel_scope.cancel()
                     break
+                reload_tls(tls, options)
                 changed = load(options.policy)
                 if changed is None:
                     log.error("The new policy is refused, the old one stays in force")
@@ -129,6 +131,15 @@ def load_tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
     except OSError as error:  # ssl.SSLError is one
         raise OSError(f"TLS certificate {cert} with key {key}: {error}") from None
     return context
+
+
+def reload_tls(context: ssl.SSLContext | None, options: argparse.Namespace) -> None:
+    """A renewed certificate serves new connections; a bad one leaves the old in place."""
+    if context is not None:
+        try:
+            context.load_cert_chain(options.tls_cert, options.tls_key)
+        except OSError as error:
+            log.error("TLS certificate %s is refused, the old one stays: %s", options.tls_cert, error)
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

@@ -119,6 +119,7 @@ class Hub:
         """A connection was accepted; an older one of the same device ends."""
         old = self._by_device.get(session.peer_id) if session.device else None
         if old is not None:
+            log.info("Replaced role=%s name=%s remote=%s by remote=%s", old.role, old.name, old.remote, session.remote)
             self.close(old, "replaced by a newer connection of this device")
         self.sessions[session.id] = session
         if session.device is not None:

@@ -178,7 +178,8 @@ class PortalState:
         version = session.agent.version_text if session.agent else None
         log.info("Joined role=%s name=%s version=%s", session.role, session.name, version)
         if session.role == "client":
-            self.send_client_init(session, now)
+            self._send_client_init(session, now)
+            self._announce_device(session)
         elif session.role == "gateway":
             self._send_gateway_init(session, now)
         else:
@@ -195,8 +196,7 @@ class PortalState:
         self._hub.timers.set(("presence",), now + PRESENCE_DELAY)
         return True
 
-    def send_client_init(self, session: Session, now: float) -> None:
-        """Everything a client must know."""
+    def _send_client_init(self, session: Session, now: float) -> None:
         assert session.device is not None
         hub = self._hub
         hub.send(
@@ -209,6 +209,17 @@ class PortalState:
                 views.FLOW_LOGS,
             ),
         )
+
+    def _announce_device(self, session: Session) -> None:
+        """A pool this device belongs to may have grown by it; to clients that know it already nothing changes."""
+        hub = self._hub
+        for rule in hub.policy.resources.values():
+            if not isinstance(session.account, ClientAccount) or session.account.name not in rule.devices:
+                continue
+            for other in hub.joined("client"):
+                view = views.resources(hub.policy, hub.store, other).get(rule.id)
+                if other is not session and view is not None:
+                    hub.send(other, to_client.ResourceCreatedOrUpdated(view))
 
     def _send_gateway_init(self, session: Session, now: float) -> None:
         assert session.device is not None

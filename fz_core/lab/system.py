@@ -159,6 +159,7 @@ class System:
         """A relay on a machine of its own."""
         families = self.shape.relay_families
         host = self.lab.public_host(f"relay{number}", 101 + number, families=families)
+        host.write_etc("hosts", self._hosts(families))
         env = {**QUIET, "FIREZONE_TOKEN": self._tokens["relay"], "FIREZONE_API_URL": self.api_url(families)}
         if host.ipv4 is not None:
             env["PUBLIC_IP4_ADDR"] = host.ipv4
