@@ -34,11 +34,14 @@ cdef class TunQueue:
     cdef readonly int last_write_errno
     cdef readonly bint refused_merged
 
-    def __cinit__(self, int fd):
-        self._fd = fd
+    def __cinit__(self):
+        self._fd = -1
         self._buffer = <uint8_t *>PyMem_RawMalloc(BUFFER_SIZE)
         if self._buffer == NULL:
             raise MemoryError()
+
+    def __init__(self, int fd):
+        self._fd = fd
 
     def __dealloc__(self):
         PyMem_RawFree(self._buffer)

@@ -117,11 +117,9 @@ cdef class UdpQueue:
     cdef readonly unsigned long long rx_calls, rx_bytes, rx_oversized, rx_malformed, rx_errors
     cdef readonly unsigned long long tx_calls, tx_bytes, tx_errors, gso_fallbacks
 
-    def __cinit__(self, int fd, bint is_ipv4, int port, int gso_segments=MAX_SEGMENTS):
-        self._fd = fd
-        self._ip_size = 4 if is_ipv4 else 16
-        self.port = port
-        self.gso_segments = min(max(gso_segments, 1), MAX_SEGMENTS)
+    def __cinit__(self):
+        self._fd = -1
+        self._ip_size = 4
         self._messages = <mmsghdr *>PyMem_RawCalloc(MESSAGES, sizeof(mmsghdr))
         self._vectors = <iovec *>PyMem_RawCalloc(MESSAGES, sizeof(iovec))
         self._names = <uint8_t *>PyMem_RawCalloc(MESSAGES, sizeof(sockaddr_in6))
@@ -134,6 +132,12 @@ cdef class UdpQueue:
         self._addresses = [None] * CACHE_SIZE
         self._single = set()
         self._errors = []
+
+    def __init__(self, int fd, bint is_ipv4, int port, int gso_segments=64):
+        self._fd = fd
+        self._ip_size = 4 if is_ipv4 else 16
+        self.port = port
+        self.gso_segments = min(max(gso_segments, 1), MAX_SEGMENTS)
 
     def __dealloc__(self):
         PyMem_RawFree(self._messages)
