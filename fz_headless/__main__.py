@@ -23,8 +23,7 @@ commands:
   standalone            run; the default
 
 The token is read from FIREZONE_TOKEN, else from the file --token-path, which must belong to root and
-be closed to everybody else. DNS of this host is not touched.
-exit status: 0 clean end, 1 run-time failure, 2 usage error"""
+be closed to everybody else. exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 
 def parser() -> OptionParser:
@@ -49,9 +48,12 @@ def parser() -> OptionParser:
         help="file with the token",
     )
     p.add_option(
-        "--dns-control", env="FIREZONE_DNS_CONTROL", choices=("disabled",), default="disabled",
-        help="how the host's DNS is changed",
-    )  # fmt: skip
+        "--dns-control",
+        env="FIREZONE_DNS_CONTROL",
+        choices=("systemd-resolved", "etc-resolv-conf", "disabled"),
+        default="systemd-resolved",
+        help="how the host's DNS is pointed at our resolvers, of which there are none yet: nothing is changed",
+    )
     p.add_option(
         "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
         help="accepted; this program never sends any",

@@ -9,7 +9,7 @@ import socket
 import structlog
 import trio
 
-from fz_core.driver.config import TunnelConfig
+from fz_core.driver.config import Role, TunnelConfig
 from fz_core.driver.health import HealthServer
 from fz_core.driver.tunnel import Tunnel
 
@@ -25,7 +25,7 @@ async def _serve(config: TunnelConfig, health: HealthServer | None) -> None:
     tunnel = Tunnel(config)
     failures: list[Exception] = []
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(*_signals_of(config.role)) as signals:
             nursery.start_soon(_stop_on_signal, signals, tunnel)
             nursery.start_soon(_notify_when_ready, tunnel)
             if health is not None:
@@ -41,8 +41,17 @@ async def _serve(config: TunnelConfig, health: HealthServer | None) -> None:
 
 async def _stop_on_signal(signals: object, tunnel: Tunnel) -> None:
     async for number in signals:  # type: ignore[attr-defined]
+        if number == signal.SIGHUP:
+            log.info("SIGHUP is ignored: resetting the network is not supported yet")
+            continue
         log.info("Shutting down", signal=signal.Signals(number).name)
         tunnel.stop()
+
+
+def _signals_of(role: Role) -> tuple[signal.Signals, ...]:
+    """A client lives through SIGHUP; a gateway dies of it, as the official one does."""
+    ends = (signal.SIGINT, signal.SIGTERM)
+    return (*ends, signal.SIGHUP) if role is Role.CLIENT else ends
 
 
 async def _notify_when_ready(tunnel: Tunnel) -> None:

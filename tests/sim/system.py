@@ -393,7 +393,8 @@ class System:
     `client` and `gateway` are the first ones.
     """
 
-    def __init__(self, seed: int, scenario: Scenario | None = None) -> None:
+    def __init__(self, seed: int, scenario: Scenario | None = None, client_kind: Any = ClientTunnel) -> None:
+        self.client_kind = client_kind
         self.scenario = s = scenario or Scenario()
         self.world = World(seed)
         self.net = Underlay(self.world, s.faults)
@@ -439,7 +440,7 @@ class System:
     def start(self, role: str, peer: Peer) -> None:
         """Start a peer, for the first time or anew: what it knew is gone, its sockets have the same ports."""
         key = PrivateKey(self.world.bytes(32))
-        kind: Any = ClientTunnel if role == "client" else GatewayTunnel
+        kind: Any = self.client_kind if role == "client" else GatewayTunnel
         peer.state, peer.wake_at, peer.is_dead = kind(key, self.world.now, EPOCH, self.world.bytes), None, False
         self.portal.connect(role, peer.name, peer, key.public)
 
