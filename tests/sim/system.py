@@ -319,7 +319,7 @@ class SimPortal:
             gateway,
             g.CreateAuthorization(
                 ref,
-                g.Client(client, key, hashlib.sha256(b"psk" + keys).digest(), v4, v6),
+                g.Client(client, key, preshared_key(keys), v4, v6),
                 as_seen_by_gateway(resource),
                 *credentials(keys),
                 self.expires_at,
@@ -329,12 +329,14 @@ class SimPortal:
         )
 
     def _created(self, ref: str) -> None:
+        if ref not in self.pending:
+            return
         client, gateway, resource_id = self.pending.pop(ref)
         if self.peers[gateway][1].is_dead:
             return
         keys = self.peers[client][2] + self.peers[gateway][2]
         _, _, key, (v4, v6) = self.peers[gateway]
-        psk = hashlib.sha256(b"psk" + keys).digest()
+        psk = preshared_key(keys)
         self.to(
             client,
             c.AuthorizationCreated(
@@ -352,6 +354,10 @@ def as_seen_by_gateway(resource: Resource) -> Any:
         case DnsResource():
             return DnsResource(resource.id, resource.address, resource.name, resource.filters)
     raise AssertionError(resource)
+
+
+def preshared_key(keys: bytes) -> bytes:
+    return hashlib.sha256(b"psk" + keys).digest()
 
 
 def credentials(keys: bytes) -> tuple[IceCredentials, IceCredentials]:

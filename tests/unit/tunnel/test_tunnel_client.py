@@ -6,6 +6,7 @@ Numbers in docstrings are items of spec/tunnel.md §23.
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -348,7 +349,8 @@ def test_tun_garbage_is_an_error_about_itself_only() -> None:
 
 def grant(resource_id: str, gateway: int = 40) -> c.AuthorizationCreated:
     return c.AuthorizationCreated(
-        resource_id, uuid(gateway), SITE.id, b"\x09" * 32, IPv4Address("100.64.0.40"), IPv6Address("fd00:2021:1111::40"),
+        resource_id, uuid(gateway), SITE.id, b"\x09" * 32,
+        IPv4Address("100.64.0.40"), IPv6Address("fd00:2021:1111::40"),
         b"\x07" * 32, IceCredentials("aaaa", "b" * 22), IceCredentials("cccc", "d" * 22),
     )  # fmt: skip
 
@@ -638,7 +640,7 @@ def test_a_refusal_by_the_gateway_asks_the_portal_at_most_every_two_seconds() ->
         system.world.run_for(0.05)
     times = requests_of(system, since)
     assert len(times) == 3
-    assert all(b - a >= 2.0 for a, b in zip(times, times[1:], strict=False))
+    assert all(b - a >= 2.0 for a, b in pairwise(times))
     assert [p.icmp_code for p in system.client.packets if p.is_icmp_error] == [13] * 50
 
 
