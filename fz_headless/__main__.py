@@ -23,7 +23,8 @@ commands:
   standalone            run; the default
 
 The token is read from FIREZONE_TOKEN, else from the file --token-path, which must belong to root and
-be closed to everybody else. exit status: 0 clean end, 1 run-time failure, 2 usage error"""
+be closed to everybody else.
+exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 
 def parser() -> OptionParser:

@@ -25,6 +25,8 @@ TUN_BUDGET = 16
 UDP_BUDGET = 16
 SHUTDOWN_FLUSH = 1.0
 MAX_SLEEP = 3600.0
+DEADLINE_GRANULARITY = 0.01
+MAX_BATCHES = 256
 
 
 class State(Protocol):
@@ -57,10 +59,11 @@ class Loop:
         self._state, self._tun, self._sockets = state, tun, tuple(sockets)
         self._on_turn, self._on_errors = on_turn, on_errors
         self._commands: deque[Callable[[float], None]] = deque()
-        self._gso = GsoQueue()
+        self._gso = GsoQueue(MAX_BATCHES)
         self._coalescer = Coalescer(enabled=tun.offloads)
         self._tun_backlog: deque[bytes] = deque()
         self._stopping = False
+        self._deadline = self._look_again_at = 0.0
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._by_fd = {s.fileno(): s for s in self._sockets}
@@ -95,14 +98,19 @@ class Loop:
         await self._flush()
         ready = self._poll.poll(0)
         now = clock.now()
-        deadline = self._state.poll_timeout()
-        if not ready and (deadline is None or deadline[0] > now):
-            await self._sleep(MAX_SLEEP if deadline is None else deadline[0] - now)
+        if not ready or now >= self._look_again_at:
+            # The deadline costs a look at every connection, so a busy loop asks for it only now and then.
+            deadline = self._state.poll_timeout()
+            self._deadline = MAX_SLEEP + now if deadline is None else deadline[0]
+            self._look_again_at = now + DEADLINE_GRANULARITY
+        if not ready and self._deadline > now:
+            await self._sleep(self._deadline - now)
             return
-        errors: list[PacketError] = []
+        errors: list[Exception] = [e for udp in self._sockets for e in _errors_of(udp)]
         self._run_commands(now)
-        if deadline is not None and deadline[0] <= now:
+        if self._deadline <= now:
             self._state.handle_timeout(now)
+            self._look_again_at = now
         ready_fds = {fd for fd, _ in ready}
         if self._tun.fileno() in ready_fds:
             self._read_tun(errors, now)
@@ -119,7 +127,7 @@ class Loop:
         await trio.lowlevel.checkpoint()
 
     async def _sleep(self, seconds: float) -> None:
-        with trio.move_on_after(min(seconds, MAX_SLEEP)):
+        with trio.move_on_after(seconds):
             await trio.lowlevel.wait_readable(self._poll.fileno())
 
     def _run_commands(self, now: float) -> None:
@@ -132,7 +140,7 @@ class Loop:
 
     # reading
 
-    def _read_tun(self, errors: list[PacketError], now: float) -> None:
+    def _read_tun(self, errors: list[Exception], now: float) -> None:
         handle = self._state.handle_tun_input
         for raw in self._tun.read_batch(TUN_BUDGET):
             packets = split_super_packet(raw)
@@ -145,7 +153,7 @@ class Loop:
                 if error is not None:
                     errors.append(error)
 
-    def _read_udp(self, udp: UdpSocket, errors: list[PacketError], now: float) -> None:
+    def _read_udp(self, udp: UdpSocket, errors: list[Exception], now: float) -> None:
         handle = self._state.handle_network_input
         for local, remote, ecn, data, segment in udp.recv_batch(UDP_BUDGET):
             if len(data) <= segment:
@@ -163,7 +171,8 @@ class Loop:
     def _queue_transmits(self) -> None:
         poll, append = self._state.poll_transmit, self._gso.append_transmit
         while (transmit := poll()) is not None:
-            append(transmit)
+            if not append(transmit):
+                self._state.drops.add(DropReason.BUFFER_FULL)
 
     def _queue_packets(self) -> None:
         poll, add = self._state.poll_packet, self._coalescer.add
@@ -176,6 +185,7 @@ class Loop:
         while self._tun_backlog:
             if self._tun.write(self._tun_backlog[0]):
                 self._tun_backlog.popleft()
+                self._coalescer.enabled = self._tun.offloads
             else:
                 await trio.lowlevel.wait_writable(self._tun.fileno())
 
@@ -196,3 +206,8 @@ class Loop:
                 return udp
         self._state.drops.add(DropReason.NOT_CONNECTED)
         return None
+
+
+def _errors_of(udp: UdpSocket) -> list[OSError]:
+    """What the kernel refused to send or receive; those datagrams are lost, the socket goes on."""
+    return [OSError(error.errno, str(error)) for error in udp.take_errors()]

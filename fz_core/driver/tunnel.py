@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import secrets
 import socket
-from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 
@@ -80,7 +79,7 @@ class Tunnel:
         self.missed_events = 0
         self.is_joined = False
         self.is_configured = False
-        self._logged_at: Counter[str] = Counter()
+        self._logged_at: dict[str, float] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -186,9 +185,11 @@ class Tunnel:
     def _report(self, errors: TunnelErrors) -> None:
         """Drops are counted by the state; a line per kind and minute is enough for people."""
         for error in errors.exceptions:
-            kind = getattr(error, "reason", type(error).__name__)
+            kind = str(getattr(error, "reason", None) or getattr(error, "errno", None) or type(error).__name__)
+            if isinstance(error, PermissionError) and kind not in self._logged_at:
+                log.info("The host's firewall refuses our datagrams; tunnels may not work", error=str(error))
             if clock.now() - self._logged_at.get(kind, -RATE_LIMIT) >= RATE_LIMIT:
-                self._logged_at[kind] = clock.now()  # type: ignore[assignment]
+                self._logged_at[kind] = clock.now()
                 log.debug(str(error))
 
 
