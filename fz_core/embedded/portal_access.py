@@ -24,6 +24,7 @@ from fz_core.portal.types import read_key
 ANSWER_TIMEOUT = 15.0
 MAX_PENDING_PER_CLIENT = 256
 REFRESH_AFTER = 1.0
+MAX_KNOWN_KEYS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Access:
         self._hub = hub
         self._pending: dict[str, Pending] = {}
         self._ingest_key = hub.random_bytes(32)
+        self._gateway_keys: dict[str, str] = {}
 
     # requests
 
@@ -197,12 +199,32 @@ class Access:
                 self.watch(grant)
                 return
             hub.store.remove_grant(grant)
-            client, rule = hub.peer(client_id, "client"), hub.policy.resource(resource_id)
-            if client is not None and rule is not None and rule.site is not None and rule.kind != "internet":
-                view = views.resources(hub.policy, hub.store, client).get(resource_id)
-                if view is not None:
-                    hub.send(client, to_client.ResourceDeleted(resource_id))
-                    hub.send(client, to_client.ResourceCreatedOrUpdated(view))
+            self._have_ask_again(client_id, resource_id)
+
+    def handle_gateway_joined(self, gateway: Session) -> None:
+        """A gateway with a new key has started anew and knows no grant: its clients need not find out by time-out."""
+        hub, known = self._hub, self._gateway_keys.pop(gateway.peer_id, gateway.public_key)
+        self._gateway_keys[gateway.peer_id] = gateway.public_key
+        if len(self._gateway_keys) > MAX_KNOWN_KEYS:
+            del self._gateway_keys[next(iter(self._gateway_keys))]
+        if known == gateway.public_key:
+            return
+        for grant in hub.store.grants_at(gateway.peer_id):
+            if self._have_ask_again(grant.client_id, grant.resource_id):
+                hub.store.remove_grant(grant)
+
+    def _have_ask_again(self, client_id: str, resource_id: str) -> bool:
+        """Remove and add a resource at a client; False if that cannot be done."""
+        hub = self._hub
+        client, rule = hub.peer(client_id, "client"), hub.policy.resource(resource_id)
+        if client is None or rule is None or rule.site is None or rule.kind == "internet":
+            return False
+        view = views.resources(hub.policy, hub.store, client).get(resource_id)
+        if view is None:
+            return False
+        hub.send(client, to_client.ResourceDeleted(resource_id))
+        hub.send(client, to_client.ResourceCreatedOrUpdated(view))
+        return True
 
     def revoke(self, grant: Grant) -> None:
         """Take a grant back from its receiver."""

@@ -181,6 +181,7 @@ class PortalState:
             self._send_client_init(session, now)
             self._announce_device(session)
         elif session.role == "gateway":
+            self._access.handle_gateway_joined(session)
             self._send_gateway_init(session, now)
         else:
             self._hub.send(session, to_relay.Init())

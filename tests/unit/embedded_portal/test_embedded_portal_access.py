@@ -416,6 +416,18 @@ def test_a_gateway_that_returns_keeps_its_grants(world: World) -> None:
     assert [r["id"] for r in again.take("resource_updated")] == [world.resource("net")]
 
 
+def test_a_gateway_that_starts_anew_makes_its_clients_ask_again(world: World) -> None:
+    client, gw = world.client(), world.gateway()
+    world.authorize(client, gw)
+    world.authorize(client, gw, "internet")
+    client.events()
+    again = world.gateway(key=b"n" * 32)
+    assert client.events() == ["resource_deleted", "resource_created_or_updated"]  # but not for the internet
+    assert [a["resource_id"] for a in again.init["authorizations"]] == [world.resource("internet")]
+    world.gateway(key=b"n" * 32)
+    assert client.events() == []
+
+
 def test_grants_survive_a_restart_unless_the_policy_changed(tmp_path: Path) -> None:
     world = World(policy_of(tmp_path))
     world.authorize(world.client(), world.gateway())
