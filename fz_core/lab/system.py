@@ -207,6 +207,10 @@ class System:
         }
         host.write_etc("resolv.conf", "nameserver 127.0.0.53\n")
         host.write_etc("hosts", self._hosts(families))
+        if 4 not in families:
+            # The portal is known by name there, and official gateways insist on asking a name server too.
+            known = f"portal={self.portal_host.ipv6}"
+            host.spawn(f"{name}-names", [*ours("fz_core.lab.resolver"), known]).wait_for_line("serving")
         process = host.spawn(name, command, env)
         member = Member(name, host, router, process, env, command, logs=[process.log])
         self.wait_until_up(member)
