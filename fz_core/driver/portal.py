@@ -205,6 +205,7 @@ def relay_link(
                         set_ready(False)
                         log.info("Portal connection hiccup error=%s backoff=%.1fs", error, delay)
                     case Fatal(error):
+                        set_ready(False)
                         raise PortalFailed(error)
 
     return run

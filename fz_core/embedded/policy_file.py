@@ -1,6 +1,6 @@
 """The policy file: TOML to `Policy`, or every mistake with its line (docs/embedded-portal.md).
 
-    policy = read_policy(Path("portal.toml"))      # PolicyErrors: one line each, "file:line: thing value remedy"
+policy = read_policy(Path("portal.toml"))      # PolicyErrors: one line each, "file:line: thing value remedy"
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class _Reader:
     def _name(self, table: dict[str, Any], what: str, at: Place) -> str | None:
         name = self._text(table, "name", at)
         if not name:
-            self._error(at, "name", f"{what} has no name, add name = \"...\"")
+            self._error(at, "name", f'{what} has no name, add name = "..."')
         return name or None
 
     def _id(self, table: dict[str, Any], kind: str, name: str, at: Place) -> str:
@@ -339,5 +339,3 @@ def _unix_time(value: datetime.date | None) -> int | None:
     if value.tzinfo is None:
         value = value.replace(tzinfo=datetime.UTC)
     return int(value.timestamp())
-
-

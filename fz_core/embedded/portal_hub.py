@@ -93,9 +93,7 @@ class Timers:
 class Hub:
     """Sessions by id and, once joined, by device."""
 
-    def __init__(
-        self, policy: Policy, store: Store, unix_epoch: float, random_bytes: Callable[[int], bytes]
-    ) -> None:
+    def __init__(self, policy: Policy, store: Store, unix_epoch: float, random_bytes: Callable[[int], bytes]) -> None:
         self.policy, self.store, self.random_bytes = policy, store, random_bytes
         self.timers = Timers()
         self.sessions: dict[int, Session] = {}

@@ -328,5 +328,3 @@ class PortalState:
                 gone = given - online
                 if gone or session.relays != given:
                     self._hub.send(session, to_client.RelaysPresence(tuple(sorted(gone)), connected))
-
-

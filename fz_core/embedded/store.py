@@ -207,5 +207,3 @@ def _make_private(path: Path) -> None:
         path.chmod(0o600)
     except OSError as error:
         raise StoreError(f"state file {path}: {error.strerror}; create its directory and let us write there") from None
-
-

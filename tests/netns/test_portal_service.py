@@ -176,5 +176,3 @@ def test_exit_codes(tmp_path: Path, arguments: list[str], code: int, said: str) 
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
-
-

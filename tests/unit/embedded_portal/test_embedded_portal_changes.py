@@ -51,7 +51,7 @@ def test_a_lost_policy_deletes_and_rejects(scene: Scene, tmp_path: Path) -> None
 
 def test_a_lost_group_does_the_same(scene: Scene, tmp_path: Path) -> None:
     world, client, gateway, reject = scene
-    change(world, tmp_path, ('groups = ["staff"]\ntoken', 'groups = []\ntoken'))
+    change(world, tmp_path, ('groups = ["staff"]\ntoken', "groups = []\ntoken"))
     assert reject["resource_id"] in client.take("resource_deleted")
     assert gateway.take("reject_access") == [reject]
 

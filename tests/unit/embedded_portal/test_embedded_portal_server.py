@@ -71,9 +71,7 @@ class Service:
 async def service(folder: Path, **options: Any) -> AsyncIterator[Service]:
     now = trio.current_time()
     store = Store(":memory:", secrets.token_bytes)
-    state = PortalState(
-        policy_of(folder), store, unix_epoch=UNIX - now, random_bytes=secrets.token_bytes, now=now
-    )
+    state = PortalState(policy_of(folder), store, unix_epoch=UNIX - now, random_bytes=secrets.token_bytes, now=now)
     server = PortalServer(state, **options)
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:

@@ -196,8 +196,8 @@ async def test_sockets_carry_the_mark() -> None:
 async def test_a_relays_link_tells_when_it_is_ready_and_fails_for_good() -> None:
     async def portal(request: WebSocketRequest) -> None:
         websocket = await accept_join(request)
-        push = {"topic": "relay", "event": "disconnect", "payload": {"reason": "token_expired"}}
-        await websocket.send_message(json.dumps(push))
+        for event, payload in (("init", {}), ("disconnect", {"reason": "token_expired"})):
+            await websocket.send_message(json.dumps({"topic": "relay", "event": event, "payload": payload}))
         await trio.sleep_forever()
 
     ready: list[bool] = []
