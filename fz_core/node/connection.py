@@ -30,6 +30,7 @@ DISCONNECT_TIMEOUT = 2.0
 REKEY_ATTEMPT_TIME = 20.0
 HANDSHAKE_THROTTLE = 20.0
 MAX_IDLE = 20.0
+SIGNAL_INTERVAL = 2.0
 BUFFERED_DATAGRAMS = 128
 
 
@@ -108,6 +109,7 @@ class Connection:
             unix_epoch,
             random_bytes,
             rekey_attempt_time=REKEY_ATTEMPT_TIME,
+            queue_limit=BUFFERED_DATAGRAMS if parameters.controlling else 0,
             rate_limiter=rate_limiter,
         )
         self.established = False
@@ -122,6 +124,7 @@ class Connection:
         self._handshake_at: float | None = None
         self._handshaken = False
         self._last_activity = now
+        self._signalled_at = now - SIGNAL_INTERVAL
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """Take a candidate of the peer."""
@@ -138,6 +141,13 @@ class Connection:
             self.state = State.CONNECTED
             self.agent.set_profile(self._profiles.active, now)
             self.dirty = True
+
+    def may_signal_again(self, now: float) -> bool:
+        """Whether an unconnected peer may be told our candidates once more; asked for, at most every 2 s."""
+        if self.path is not None or now - self._signalled_at < SIGNAL_INTERVAL:
+            return False
+        self._signalled_at = now
+        return True
 
     def rehandshake(self, now: float) -> None:
         """Start a handshake if we are the controlling side, a path exists and none was started lately."""

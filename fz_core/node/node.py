@@ -148,12 +148,21 @@ class Node:
         connection.rehandshake(now)
         self._settle(connection, now)
 
+    def resignal_candidates(self) -> None:
+        """Tell unconnected peers our candidates again: what was said before may have been lost with the portal."""
+        for connection in self._connections.by_peer.values():
+            if connection.path is None:
+                self._signal_candidates(connection)
+
     def add_remote_candidate(self, peer_id: str, line: str, now: float) -> None:
         """Take a candidate the peer signalled; a malformed or foreign one is ignored."""
         connection = self._connections.by_peer.get(peer_id)
         candidate = Candidate.parse_untrusted(line)
         if connection is None or candidate is None:
             return
+        if candidate in connection.agent.remote_candidates and connection.may_signal_again(now):
+            # The peer repeats itself, so the portal was away, and what we said may not have reached the peer.
+            self._signal_candidates(connection)
         relay = self._relays.get(connection.relay_id)
         if relay is not None and candidate.kind in EAGERLY_BOUND:
             relay.bind_channel(candidate.address, now)
@@ -203,19 +212,27 @@ class Node:
 
     # data
 
-    def encapsulate(self, peer_id: str, packet: Buffer, ecn: int, now: float) -> Transmit | DropReason:
-        """Encrypt an inner packet for a peer; `packet` is anything with the buffer protocol."""
+    def encapsulate(self, peer_id: str, packet: Buffer, ecn: int, now: float) -> Transmit | DropReason | None:
+        """Encrypt an inner packet for a peer; `packet` is anything with the buffer protocol.
+
+        None: the session has aged out, so the packet waits for the handshake that this starts.
+        """
         connection = self._connections.by_peer.get(peer_id)
         if connection is None or connection.path is None:
             return DropReason.NOT_CONNECTED
         sealed = connection.tunnel.seal(packet, now)
+        if sealed is DropReason.WG_NO_SESSION and connection.parameters.controlling:
+            return self._renew_session(connection, packet, now)
         if isinstance(sealed, DropReason):
             return sealed
         connection.dirty = True
         connection._last_activity = now
         if connection.state is State.IDLE:
             connection.touch(now)
+            self._settle(connection, now)
         path = connection.path
+        if path is None:
+            return DropReason.NOT_CONNECTED
         if not path.via_relay:
             return Transmit(sealed, path.remote, path.local, ecn)
         relay = self._relays.get(connection.relay_id)
@@ -223,6 +240,14 @@ class Node:
             return DropReason.NO_CHANNEL
         sent = relay.encapsulate(path.remote, sealed, now)
         return sent._replace(ecn=ecn) if isinstance(sent, Transmit) and ecn else sent
+
+    def _renew_session(self, connection: Connection, packet: Buffer, now: float) -> DropReason | None:
+        """Nothing can be sent in a session's last 10 s; do not wait for its end, and keep the packet meanwhile."""
+        connection.touch(now)
+        connection.tunnel.start_handshake(now)
+        queued = connection.tunnel.seal(packet, now)
+        self._settle(connection, now)
+        return queued if isinstance(queued, DropReason) else None
 
     def handle_network_input(
         self, local: Address, remote: Address, datagram: Datagram, now: float
@@ -379,13 +404,23 @@ class Node:
             self._events.append(ConnectionEstablished(connection.peer_id))
         if connection.state is State.FAILED:
             self._connections.remove(connection.peer_id)
+            self._doubt_relay(connection.relay_id, now)
             self._events.append(ConnectionFailed(connection.peer_id, connection.failure or "failed"))
+
+    def _doubt_relay(self, relay_id: str, now: float) -> None:
+        """No path, not even over the relay: it may have lost our allocation, and data would never tell."""
+        relay = self._relays.get(relay_id)
+        if relay is not None:
+            relay.refresh(now)
+            self._drain_relay(relay)
 
     def _send_check(self, connection: Connection, check: Transmit, now: float) -> None:
         # Byte 0 of a STUN request is 0 and of a response 1; only requests expect an answer.
         if check.payload[0] == 0:
             self._connections.expect(check.payload[8:20], connection, now)
         assert check.local is not None
+        if self._owner_of(check.local) is None and _is_relayed(connection, check.local):
+            return  # the relay went this moment; the candidate follows
         self._send_from(check.local, check.remote, check.payload, now)
 
     def _send_on_path(self, connection: Connection, datagram: bytes, now: float) -> None:
@@ -425,6 +460,8 @@ class Node:
                         self._offer(Candidate.host(address), relay_id, now)
                     case ReflexiveDiscovered(address, base):
                         self._offer(Candidate.srflx(address, base), relay_id, now)
+                        if relay.relayed_v4 is not None or relay.relayed_v6 is not None:
+                            relay.refresh(now)  # a NAT gave us another port: the relay may not know us there
                     case RelayedAdded(address, server_is_ipv4):
                         self._offer(Candidate.relay(address, server_is_ipv4), relay_id, now)
                         for connection in self._connections.by_peer.values():
@@ -509,6 +546,10 @@ class Node:
                     self._signal(connection, ranked)
             self._drain_relay(relay)
             self._settle(connection, now)
+
+
+def _is_relayed(connection: Connection, local: Address) -> bool:
+    return any(c.kind is CandidateKind.RELAY and c.base == local for c in connection.agent.local_candidates)
 
 
 def _candidates_of(relay: Allocation, *, with_relayed: bool) -> list[Candidate]:

@@ -76,6 +76,7 @@ class ClientTunnel:
     def handle_portal_connected(self, now: float) -> None:
         """The portal accepted our join: tell it what we can do, and all held candidates."""
         self._portal_is_up = True
+        self.node.resignal_candidates()
         self._events.append(SendToPortal(messages.SetSnownetCapabilities(iceless=False)))
         self._collect(now)
 
@@ -221,7 +222,8 @@ class ClientTunnel:
         sent = self.node.encapsulate(gateway_id, packet, packet.ecn, now)
         if isinstance(sent, DropReason):
             return sent
-        self._transmits.append(sent)
+        if sent is not None:
+            self._transmits.append(sent)
         return None
 
     def _request(self, resource_id: str, packet: Packet | None, now: float) -> None:

@@ -71,6 +71,7 @@ class GatewayTunnel:
     def handle_portal_connected(self, now: float) -> None:
         """The portal accepted our join: tell it what we can do, and all held candidates."""
         self._portal_is_up = True
+        self.node.resignal_candidates()
         self._events.append(SendToPortal(shared.SetSnownetCapabilities(iceless=False)))
         self._collect(now)
 
@@ -182,7 +183,8 @@ class GatewayTunnel:
         sent = self.node.encapsulate(client_id, packet, packet.ecn, now)
         if isinstance(sent, DropReason):
             return sent
-        self._transmits.append(sent)
+        if sent is not None:
+            self._transmits.append(sent)
         return None
 
     def _accept(self, client_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None:
