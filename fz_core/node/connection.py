@@ -30,6 +30,7 @@ DISCONNECT_TIMEOUT = 2.0
 REKEY_ATTEMPT_TIME = 20.0
 HANDSHAKE_THROTTLE = 20.0
 MAX_IDLE = 20.0
+SILENCE = 15.0
 SIGNAL_INTERVAL = 2.0
 BUFFERED_DATAGRAMS = 128
 
@@ -97,9 +98,9 @@ class Connection:
         self.index = index
         self.state = State.CONNECTING
         self.path: Path | None = None
-        self.agent = Agent(
-            parameters.local, parameters.remote, parameters.controlling, random_bytes, now, profiles.active
-        )
+        self._random_bytes = random_bytes
+        self._profiles = profiles
+        self.agent = self._new_agent(now)
         self.tunnel = Tunnel(
             private_key,
             parameters.remote_key,
@@ -113,11 +114,11 @@ class Connection:
             rate_limiter=rate_limiter,
         )
         self.established = False
+        self.heard_at = now  # data, not handshakes: those may come in while answers go nowhere
         self.failure: str | None = None
         self.path_changed = False
         self.dirty = True
         self._deadline: float | None = None
-        self._profiles = profiles
         self._held: deque[bytes] = deque(maxlen=BUFFERED_DATAGRAMS)
         self._candidates_due_at: float | None = now + CANDIDATE_TIMEOUT
         self._disconnected_at: float | None = None
@@ -211,6 +212,25 @@ class Connection:
         datagrams = list(self._held)
         self._held.clear()
         return datagrams
+
+    def is_silent(self, now: float) -> bool:
+        """Whether nothing has come back on the chosen path for longer than a live and busy peer takes."""
+        return self.path is not None and now - self.heard_at > SILENCE
+
+    def restart_ice(self, now: float) -> None:
+        """Look for a path from the start, and use the old one meanwhile.
+
+        For the controlled side, which holds on to a pair for minutes: if the peer asks for access again and was
+        not heard lately, it may have lost that pair and started over with the same credentials.
+        """
+        if not self.parameters.controlling:
+            self.agent = self._new_agent(now)
+            self._candidates_due_at = now + CANDIDATE_TIMEOUT
+            self._disconnected_at = None
+
+    def _new_agent(self, now: float) -> Agent:
+        p = self.parameters
+        return Agent(p.local, p.remote, p.controlling, self._random_bytes, now, self._profiles.active)
 
     @property
     def is_ready(self) -> bool:

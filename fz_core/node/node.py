@@ -142,6 +142,9 @@ class Node:
     def _reuse(self, connection: Connection, now: float) -> None:
         """The peer may have lost what we told it: say it again, with what was learnt since (§8.3)."""
         connection.touch(now)
+        if connection.is_silent(now):
+            self._doubt_relay(connection.relay_id, now)
+            connection.restart_ice(now)
         for candidate in self._initial_candidates(self._relays.get(connection.relay_id)):
             connection.agent.add_local_candidate(candidate, now)
         self._signal_candidates(connection)
@@ -332,6 +335,8 @@ class Node:
             return DropReason.WG_UNKNOWN_SESSION
         opened = connection.tunnel.handle_untrusted(datagram, remote.ip, now)
         connection.dirty = True
+        if isinstance(opened, bytes):
+            connection.heard_at = now
         if isinstance(opened, bytes) and opened:
             connection._last_activity = now
             if connection.state is State.IDLE or not connection.established:
