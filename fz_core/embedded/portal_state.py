@@ -4,7 +4,7 @@
     session_id = state.open(Knock(...), now)             # or a Refusal
     state.handle_text(session_id, text, now)             # then drain poll_output(), wait for poll_timeout()
 
-Source: `spec/portal-protocol.md` §2, §8, §10. Not here: HTTP, files, signals (`portal_server`, `portal_command`).
+Source: `spec/portal-protocol.md` §2, §8, §10. Not here: HTTP, files, signals (`portal_server`, `commands.portal`).
 """
 
 from __future__ import annotations

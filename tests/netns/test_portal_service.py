@@ -86,7 +86,7 @@ def running(namespace: str, *arguments: str, **streams: Any) -> Iterator[subproc
 
 def portal_arguments(folder: Path) -> tuple[str, ...]:
     return (
-        "-m", "fz_core.embedded.portal_command", "--policy", str(folder / "portal.toml"),
+        "-m", "fz_core.commands.portal", "--policy", str(folder / "portal.toml"),
         "--state", str(folder / "state.sqlite3"), "--listen", f"{ADDRESS}:8081",
     )  # fmt: skip
 
@@ -106,21 +106,21 @@ def test_the_whole_life_of_a_portal(namespaces: None, tmp_path: Path) -> None:
     policy.chmod(0o600)
     url = "ws://portal.example:8081"
     with (
-        running(PORTAL, *portal_arguments(tmp_path), stderr=subprocess.PIPE) as portal,
+        running(PORTAL, *portal_arguments(tmp_path), stdout=subprocess.PIPE) as portal,
         running(PEER, "-c", LINK, url, stdout=subprocess.PIPE) as peer,
     ):
-        wait_for(portal.stderr, "Listening")
+        wait_for(portal.stdout, "Listening")
         assert wait_for(peer.stdout, "Connected")
         assert wait_for(peer.stdout, "MessageReceived Init")
 
         policy.write_text("nonsense")
         portal.send_signal(signal.SIGHUP)
-        assert "portal.toml:1: not TOML" in wait_for(portal.stderr, "ERROR")
-        wait_for(portal.stderr, "the old one stays in force")
+        assert "portal.toml:1: not TOML" in wait_for(portal.stdout, "ERROR")
+        wait_for(portal.stdout, "the old one stays in force")
 
         policy.write_text('account = "renamed"\n' + POLICY)
         portal.send_signal(signal.SIGHUP)
-        wait_for(portal.stderr, "The new policy is in force")
+        wait_for(portal.stdout, "The new policy is in force")
         assert wait_for(peer.stdout, "MessageReceived Init")
 
         policy.write_text("")
@@ -131,7 +131,7 @@ def test_the_whole_life_of_a_portal(namespaces: None, tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "state.sqlite3").stat().st_mode) == 0o600
         portal.send_signal(signal.SIGTERM)
         assert portal.wait(20) == 0
-        rest = portal.stderr.read() if portal.stderr else ""
+        rest = portal.stdout.read() if portal.stdout else ""
         assert "Goodbye!" in rest
         assert "gateway-token" not in rest
 
@@ -140,8 +140,8 @@ def test_a_peer_returns_after_the_portal_was_killed(namespaces: None, tmp_path: 
     (tmp_path / "portal.toml").write_text(POLICY)
     with running(PEER, "-c", LINK, "ws://portal.example:8081", stdout=subprocess.PIPE) as peer:
         for life in range(2):
-            with running(PORTAL, *portal_arguments(tmp_path), stderr=subprocess.PIPE) as portal:
-                wait_for(portal.stderr, "Listening")
+            with running(PORTAL, *portal_arguments(tmp_path), stdout=subprocess.PIPE) as portal:
+                wait_for(portal.stdout, "Listening")
                 assert wait_for(peer.stdout, "Connected")
                 if life == 0:
                     portal.send_signal(signal.SIGKILL)
@@ -159,7 +159,7 @@ def test_a_peer_returns_after_the_portal_was_killed(namespaces: None, tmp_path: 
         (["--policy", "{ok}", "--check"], 0, "ok, 0 resources"),
         (["--policy", "{bad}", "--check"], 1, "bad.toml:1: "),
         (["--policy", "{none}"], 1, "Cannot read the policy"),
-        ([], 2, "missing --policy"),
+        ([], 2, "--policy is required"),
         (["--policy", "{ok}", "--listen", "80"], 2, "invalid address"),
         (["--policy", "{ok}", "--tls-cert", "x"], 2, "go together"),
         (["--policy", "{ok}", "--state", "{none}/x"], 1, "create its directory"),
@@ -172,7 +172,7 @@ def test_exit_codes(tmp_path: Path, arguments: list[str], code: int, said: str) 
     names = {n: str(tmp_path / f) for n, f in (("ok", "ok.toml"), ("bad", "bad.toml"), ("none", "no"), ("state", "s"))}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FIREZONE")}
     done = subprocess.run(
-        [sys.executable, "-m", "fz_core.embedded.portal_command", *(a.format(**names) for a in arguments)],
+        [sys.executable, "-m", "fz_core.commands.portal", *(a.format(**names) for a in arguments)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
