@@ -164,11 +164,12 @@ class Peer:
             if isinstance(event, SendToPortal):
                 self.send_to_portal(event.message)
         deadline = self.state.poll_timeout()
-        if deadline is not None:
-            # Sending on an old session makes its rekey due at once, so a deadline may lie in the past here.
-            if self.wake_at is None or deadline[0] < self.wake_at or self.wake_at <= self.world.now:
-                self.wake_at = deadline[0]
-                self.world.at(deadline[0], lambda: self._wake(deadline[0]))
+        # Sending on an old session makes its rekey due at once, so a deadline may lie in the past here.
+        if deadline is not None and (
+            self.wake_at is None or deadline[0] < self.wake_at or self.wake_at <= self.world.now
+        ):
+            self.wake_at = deadline[0]
+            self.world.at(deadline[0], lambda: self._wake(deadline[0]))
 
     def _wake(self, due: float) -> None:
         if not self.is_dead and self.wake_at == due:

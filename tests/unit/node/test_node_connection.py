@@ -373,3 +373,48 @@ def test_a_handshake_of_a_stranger_is_an_unknown_connection() -> None:
     system.world.run_for(1.1)
     assert set(flood.outcomes) == {DropReason.UNKNOWN_CONNECTION}
     assert SendToPortal not in [type(e) for e in system.gateway.events[2:]]
+
+
+# a peer that starts over with the same credentials
+
+
+def test_a_silent_peer_that_asks_again_is_looked_for_anew() -> None:
+    """The controlled side would hold on to a pair for minutes that its peer has given up."""
+    system = raw()
+    connect(system)
+    system.client.is_dead = True
+    gateway, connection = system.gateway.state.node, of_gateway(system)
+    before, path = connection.agent, connection.path
+    system.world.run_for(14.0)
+    gateway.upsert_connection(system.client_id, connection.parameters, system.world.now)
+    assert connection.agent is before
+    system.world.run_for(2.0)
+    gateway.upsert_connection(system.client_id, connection.parameters, system.world.now)
+    assert connection.agent is not before
+    assert connection.path == path  # in use until there is a better one
+    kinds = {candidate.kind.value for candidate in connection.agent.local_candidates}
+    assert kinds == {"host", "srflx", "relay"}
+
+
+def test_the_controlling_side_finds_out_by_itself() -> None:
+    system = raw()
+    connect(system)
+    node, connection = node_of(system), of_client(system)
+    before = connection.agent
+    system.world.run_for(60.0)
+    node.upsert_connection(system.gateway_id, connection.parameters, system.world.now)
+    assert connection.agent is before
+
+
+def test_a_restart_of_ice_interrupts_no_traffic() -> None:
+    system = raw()
+    connect(system)
+    system.world.run_for(100.0)
+    of_gateway(system).restart_ice(system.world.now)
+    system.portal._request(system.client_id, RESOURCE.id)
+    for n in range(40):
+        system.client.send(build_udp(system.client_ip, SERVER, 1, 2, b"%d" % n))
+        system.world.run_for(0.5)
+    system.world.run_for(0.5)
+    assert [p.payload for p in system.gateway.packets] == [b"%d" % n for n in range(40)]
+    assert of_gateway(system).agent.nominated is not None

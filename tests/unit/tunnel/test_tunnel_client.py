@@ -5,12 +5,13 @@ Numbers in docstrings are items of spec/tunnel.md §23.
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address
 from itertools import pairwise
 from random import Random
 from typing import Any
 
 import pytest
+from bare_client import OWN4, OWN6, SITE, Client, cidr, packed, uuid
 
 from fz_core.crypto import PrivateKey
 from fz_core.node import events as node_events
@@ -27,201 +28,25 @@ from fz_core.packet import (
 from fz_core.portal import client as c
 from fz_core.portal import gateway as g
 from fz_core.portal.types import (
-    CidrResource,
-    DynamicDevicePool,
     Filter,
     IceCredentials,
-    Interface,
     InternetResource,
     Resource,
-    Site,
 )
 from fz_core.tunnel import ClientTunnel
 from fz_core.tunnel.events import (
     ConnectionDown,
     ConnectionUp,
-    ResourceActivated,
-    ResourceDeactivated,
     ResourceOffline,
     SendToPortal,
-    TunConfigChanged,
 )
 from tests.sim.system import RESOURCE, SERVER, Peer, Scenario, System
-
-OWN4, OWN6 = IPv4Address("100.64.0.9"), IPv6Address("fd00:2021:1111::9")
-SITE, OTHER_SITE = Site("00000000-0000-4000-8000-000000000001", "one"), Site("00000000-0000-4000-8000-000000000002")
-FIXED = {
-    ip_network(n)
-    for n in (
-        "100.64.0.0/11", "fd00:2021:1111::/107", "100.96.0.0/11", "fd00:2021:1111:8000::/107",
-        "100.100.111.0/24", "fd00:2021:1111:8000:100:100:111:0/120",
-    )
-}  # fmt: skip
-
-
-def uuid(number: int) -> str:
-    return f"00000000-0000-4000-8000-{number:012}"
-
-
-def cidr(number: int, network: str, *filters: Filter, site: Site = SITE, name: str = "net") -> CidrResource:
-    return CidrResource(uuid(number), ip_network(network), name, filters, (site,))
-
-
-def packed(text: str) -> bytes:
-    return ip_address(text).packed
-
-
-class Client:
-    """A client that has no network: what it says to the portal and to the TUN device."""
-
-    def __init__(self, *resources: Resource) -> None:
-        self.now = 50.0
-        self.state = ClientTunnel(PrivateKey(b"\x01" * 32), self.now, 1.7e9, Random(1).randbytes)
-        self.state.handle_portal_connected(self.now)
-        self.tell(c.Init(Interface(OWN4, OWN6), resources))
-        self.start = self.events()
-
-    def tell(self, message: Any) -> None:
-        self.state.handle_portal_message(message, self.now)
-
-    def events(self, kind: type | None = None) -> list[Any]:
-        events = []
-        while (event := self.state.poll_event()) is not None:
-            events.append(event)
-        return [e for e in events if kind is None or isinstance(e, kind)]
-
-    def asked(self) -> list[str]:
-        """Resources access was requested to since the last look."""
-        sent = [e.message for e in self.events(SendToPortal)]
-        return [m.resource_id for m in sent if isinstance(m, c.RequestAuthorization)]
-
-    def send(self, dst: str, port: int = 80, src: str | None = None, payload: bytes = b"x") -> DropReason | None:
-        own = src or str(OWN4 if "." in dst else OWN6)
-        return self.give(build_udp(packed(own), packed(dst), 1000, port, payload))
-
-    def give(self, packet: Packet) -> DropReason | None:
-        error = self.state.handle_tun_input(packet, self.now)
-        return None if error is None else error.reason
-
-    def tun(self) -> list[Packet]:
-        packets = []
-        while (packet := self.state.poll_packet()) is not None:
-            packets.append(packet)
-        return packets
-
-
-def config_routes(client: Client) -> list[set[Any]]:
-    return [set(e.routes) for e in client.events(TunConfigChanged)]
-
-
-# routes and configuration
 
 
 def test_iceless_connections_are_not_offered() -> None:
     """docs/deviations.md: ICE-less connections."""
     client = Client()
     assert [e.message for e in client.start if isinstance(e, SendToPortal)] == [c.SetSnownetCapabilities(False)]
-
-
-def test_routes_follow_the_resources() -> None:
-    """spec/tunnel.md §23 item 18."""
-    client = Client(cidr(1, "10.0.0.0/8"))
-    assert [set(e.routes) for e in client.start if isinstance(e, TunConfigChanged)] == [
-        FIXED | {ip_network("10.0.0.0/8")}
-    ]
-    client.tell(c.ResourceCreatedOrUpdated(cidr(2, "192.0.2.0/24")))
-    assert config_routes(client) == [FIXED | {ip_network("10.0.0.0/8"), ip_network("192.0.2.0/24")}]
-    client.tell(c.ResourceCreatedOrUpdated(cidr(1, "10.1.0.0/16")))
-    assert config_routes(client) == [FIXED | {ip_network("10.1.0.0/16"), ip_network("192.0.2.0/24")}]
-    client.tell(c.ResourceDeleted(uuid(2)))
-    client.tell(c.ResourceDeleted(uuid(7)))
-    assert config_routes(client) == [FIXED | {ip_network("10.1.0.0/16")}]
-
-
-def test_pools_of_names_add_no_route_and_do_no_harm() -> None:
-    client = Client(DynamicDevicePool(uuid(1), "pool", "*.pool"))
-    assert client.state.resources.routes() == FIXED
-    client.tell(c.ResourceDeleted(uuid(1)))
-    assert [e.resource_id for e in client.events(ResourceDeactivated)] == [uuid(1)]
-
-
-def test_default_routes_only_while_the_internet_resource_is_present_and_on() -> None:
-    client = Client()
-    client.state.set_internet_resource(True, client.now)
-    assert config_routes(client) == []
-    client.tell(c.ResourceCreatedOrUpdated(InternetResource(uuid(5), sites=(SITE,))))
-    assert config_routes(client) == [FIXED | {ip_network("0.0.0.0/0"), ip_network("::/0")}]
-    client.state.set_internet_resource(False, client.now)
-    assert config_routes(client) == [FIXED]
-    assert client.send("1.1.1.1") is DropReason.UNKNOWN_RESOURCE
-
-
-def test_only_the_last_state_of_the_configuration_is_seen() -> None:
-    """spec/tunnel.md §23 item 29."""
-    client = Client(cidr(1, "10.0.0.0/8"))
-    for network in ("10.1.0.0/16", "10.2.0.0/16", "10.1.0.0/16", "10.0.0.0/8"):
-        client.tell(c.ResourceCreatedOrUpdated(cidr(1, network)))
-    assert client.events(TunConfigChanged) == []
-    client.tell(c.ResourceCreatedOrUpdated(cidr(1, "10.1.0.0/16")))
-    client.tell(c.ConfigChanged(Interface(OWN4, OWN6, search_domain="example.com")))
-    events = client.events()
-    assert isinstance(events[0], TunConfigChanged)
-    assert (events[0].search_domain, len([e for e in events if isinstance(e, TunConfigChanged)])) == ("example.com", 1)
-
-
-# resources
-
-
-def test_a_new_name_changes_nothing_but_the_name() -> None:
-    """spec/tunnel.md §4 upsert; §23 item 34."""
-    client = Client(cidr(1, "10.0.0.0/8", Filter("tcp", 80, 80), Filter("icmp")))
-    client.send("10.0.0.1", 80)
-    renamed = CidrResource(
-        uuid(1),
-        ip_network("10.0.0.0/8"),
-        "renamed",
-        (Filter("icmp"), Filter("tcp", 80, 80)),
-        (Site(SITE.id, "renamed site"),),
-        "described",
-    )
-    client.give(build_tcp(OWN4.packed, packed("10.0.0.1"), 1000, 80, flags=2))
-    assert client.asked() == [uuid(1)]
-    client.tell(c.ResourceCreatedOrUpdated(renamed))
-    assert client.events() == []
-    assert client.state.resources.get(uuid(1)) == renamed
-    client.give(build_tcp(OWN4.packed, packed("10.0.0.1"), 1000, 80, flags=2, seq=9))
-    assert client.asked() == []  # the pending request was kept
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        cidr(1, "10.0.0.0/16"),
-        cidr(1, "10.0.0.0/8", Filter("udp", 80, 80)),
-        cidr(1, "10.0.0.0/8", site=OTHER_SITE),
-        InternetResource(uuid(1), "net", (SITE,)),
-    ],
-)
-def test_any_other_change_starts_the_resource_anew(changed: Resource) -> None:
-    """spec/tunnel.md §4 upsert."""
-    client = Client(cidr(1, "10.0.0.0/8"))
-    client.state.set_internet_resource(True, client.now)
-    client.send("10.0.0.1")
-    assert client.asked() == [uuid(1)]
-    client.tell(c.ResourceCreatedOrUpdated(changed))
-    assert len(client.events(ResourceActivated)) == 1
-    client.send("10.0.0.1")
-    assert client.asked() == [uuid(1)]  # at once: the old request was forgotten
-
-
-def test_init_replaces_the_whole_list() -> None:
-    client = Client(cidr(1, "10.0.0.0/8"), cidr(2, "192.0.2.0/24"))
-    client.tell(c.Init(Interface(OWN4, OWN6), (cidr(2, "192.0.2.0/24"), cidr(3, "198.51.100.0/24"))))
-    events = client.events()
-    assert [e.resource_id for e in events if isinstance(e, ResourceDeactivated)] == [uuid(1)]
-    assert [e.resource_id for e in events if isinstance(e, ResourceActivated)] == [uuid(3)]
-    assert client.state.resources.ids == {uuid(2), uuid(3)}
-    assert client.send("10.0.0.1") is DropReason.UNKNOWN_RESOURCE
 
 
 # TUN to network
