@@ -87,7 +87,7 @@ def play(
 
 
 def test_any_mix_of_networks() -> None:
-    for seed in range(200):
+    for seed in range(150):
         play(seed, random_scenario(seed), lambda _s, talk: talk.for_seconds(1.0), 10.0)
 
 
@@ -98,7 +98,7 @@ def test_any_mix_of_networks() -> None:
 def test_families_without_faults_make_no_error_at_all(
     client: tuple[int, ...], gateway: tuple[int, ...], relay_v4: bool
 ) -> None:
-    for seed in range(20):
+    for seed in range(10):
         scenario = random_scenario(
             seed,
             client_families=client,
@@ -125,7 +125,7 @@ def test_nat_reboots() -> None:
         if which & 2:
             system.gateway.host.nat.reboot()
 
-    for seed in range(80):
+    for seed in range(50):
         play(seed, random_scenario(seed, faults=Faults()), reboot, 80.0)
 
 
@@ -135,7 +135,7 @@ def test_blackouts() -> None:
         talk.for_seconds(system.world.random.choice((1.0, 5.0, 12.0, 30.0)), 1.0)
         system.net.faults = before
 
-    for seed in range(100):
+    for seed in range(50):
         play(seed, random_scenario(seed), blackout, 60.0)
 
 
@@ -148,7 +148,7 @@ def test_relay_credentials_are_replaced_midway() -> None:
             system.portal.replace_relay_credentials(f"round {n}")
             talk.for_seconds(2.0)
 
-    for seed in range(60):
+    for seed in range(40):
         system = play(seed, random_scenario(seed, faults=Faults()), replace, 25.0)
         for peer in (system.client, system.gateway):
             assert peer.state.node.relay_count == len(system.relays), f"seed {seed}"
@@ -168,7 +168,7 @@ def test_a_relay_dies_and_another_takes_over() -> None:
 
 
 def test_portal_outages_hold_candidates_back() -> None:
-    for seed in range(120):
+    for seed in range(80):
         system = System(seed, random_scenario(seed, faults=Faults(), relays=1))
         random, talk = system.world.random, Talk(system)
         talk.ask()
@@ -182,7 +182,7 @@ def test_portal_outages_hold_candidates_back() -> None:
 
 
 def test_an_outage_is_not_noticed_by_a_tunnel() -> None:
-    for seed in range(60):
+    for seed in range(30):
         system = System(seed, random_scenario(seed, faults=Faults()))
         talk = Talk(system)
         assert talk.is_answered(10.0)
@@ -231,7 +231,7 @@ def kill(system: System, role: str, peer: Peer, away: float) -> None:
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
 def test_a_peer_is_killed_and_started_again(role: str) -> None:
-    for seed in range(80):
+    for seed in range(50):
 
         def restart(system: System, talk: Talk) -> None:
             peer = system.client if role == "client" else system.gateway
@@ -242,7 +242,7 @@ def test_a_peer_is_killed_and_started_again(role: str) -> None:
 
 
 def test_two_clients_and_two_gateways() -> None:
-    for seed in range(40):
+    for seed in range(20):
         system = System(seed, random_scenario(seed, clients=2, gateways=2, faults=Faults(0.03, 0.03, 0.01)))
         talks = [Talk(system, client) for client in system.clients]
         for talk in talks:
@@ -272,7 +272,7 @@ def test_a_gateway_that_stays_away_is_replaced_by_another() -> None:
 
 
 def test_chaos_ends_in_a_working_tunnel() -> None:
-    for seed in range(30):
+    for seed in range(20):
         system = System(seed, random_scenario(seed, clients=2))
         random = system.world.random
         talks = [Talk(system, client) for client in system.clients]
