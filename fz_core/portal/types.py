@@ -198,9 +198,11 @@ def merge_relays(relays: Iterable[Relay]) -> tuple[RelayEntry, ...]:
 
 
 def read_text(value: Json) -> str:
-    """A JSON string."""
+    """A JSON string of whole characters: half a surrogate pair is a ValueError."""
     if not isinstance(value, str):
         raise TypeError(f"expected a string, found {type(value).__name__}")
+    if not value.isascii():
+        value.encode()
     return value
 
 
