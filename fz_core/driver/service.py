@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
 
 import structlog
 import trio
@@ -24,8 +25,8 @@ def serve(config: TunnelConfig, health: HealthServer | None = None) -> None:
 async def _serve(config: TunnelConfig, health: HealthServer | None) -> None:
     tunnel = Tunnel(config)
     failures: list[Exception] = []
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(*_signals_of(config.role)) as signals:
+    with trio.open_signal_receiver(*_signals_of(config.role)) as signals:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, tunnel)
             nursery.start_soon(_notify_when_ready, tunnel)
             if health is not None:
@@ -39,8 +40,8 @@ async def _serve(config: TunnelConfig, health: HealthServer | None) -> None:
         raise failures[0]
 
 
-async def _stop_on_signal(signals: object, tunnel: Tunnel) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
+async def _stop_on_signal(signals: AsyncIterator[int], tunnel: Tunnel) -> None:
+    async for number in signals:
         if number == signal.SIGHUP:
             log.info("SIGHUP is ignored: resetting the network is not supported yet")
             continue

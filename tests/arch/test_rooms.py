@@ -24,9 +24,7 @@ FLOORS = {
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # dns/ is a codec (floor 1); its forwarding parts are composed by tunnel/.
-CLOCKS = re.compile(
-    r"\b(?:import|from) (?:time|socket|select|threading|trio|asyncio|secrets|random)\b|os\.urandom"
-)
+CLOCKS = re.compile(r"\b(?:import|from) (?:time|socket|select|threading|trio|asyncio|secrets|random)\b|os\.urandom")
 IMPORT = re.compile(r"^\s*(?:from|import|cimport)\s+fz_core\.(\w+)", re.MULTILINE)
 
 

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+
+from fz_core.embedded.relay import Relay, RelayConfig, format_rate, run_relay
+from fz_core.embedded.relay_sockets import UdpPort
+from fz_core.packet import Address
+from fz_core.turn import relay_credentials, relay_id
 from tests.netns.turn_scenarios import (
     TurnPeer,
     address_of,
@@ -24,11 +29,6 @@ from tests.netns.turn_scenarios import (
     udp,
     wrong_password,
 )
-
-from fz_core.embedded.relay import Relay, RelayConfig, format_rate, run_relay
-from fz_core.embedded.relay_sockets import UdpPort
-from fz_core.packet import Address
-from fz_core.turn import relay_credentials, relay_id
 
 EXPIRY = 4_000_000_000
 SOL_UDP, UDP_SEGMENT = 17, 103

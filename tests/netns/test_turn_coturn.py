@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from fz_core.packet import Address
 from tests.netns.turn_scenarios import (
     TurnPeer,
     allocate_and_talk,
@@ -26,8 +28,6 @@ from tests.netns.turn_scenarios import (
     two_clients_on_one_relay,
     wrong_password,
 )
-
-from fz_core.packet import Address
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("turnserver", "ip")]
 

@@ -11,8 +11,8 @@ import pytest
 import trio
 from embedded_portal_world import GATEWAY_AGENT, TOKENS, policy_of
 
-from fz_core.driver.portal import PortalLink
 from fz_core.commands.portal import load_tls
+from fz_core.driver.portal import PortalLink
 from fz_core.embedded.portal_server import PortalServer
 from fz_core.embedded.portal_state import PortalState
 from fz_core.embedded.store import Store
