@@ -11,15 +11,14 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import trio
 
 from fz_core.driver import clock
 from fz_core.fastpath import Coalescer, GsoQueue, split_super_packet
 from fz_core.linux import TunDevice, UdpSocket
-from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit
-from fz_core.tunnel import PacketError, TunnelErrors
+from fz_core.packet import Address, DropReason
+from fz_core.tunnel import PacketError, TunnelErrors, TunnelRole
 
 TUN_BUDGET = 16
 UDP_BUDGET = 16
@@ -29,28 +28,12 @@ DEADLINE_GRANULARITY = 0.01
 MAX_BATCHES = 256
 
 
-class State(Protocol):
-    """What the loop needs of a tunnel state; both roles have it."""
-
-    drops: DropCounter
-
-    def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None: ...
-    def handle_network_input(
-        self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
-    ) -> PacketError | None: ...
-    def handle_timeout(self, now: float) -> None: ...
-    def poll_timeout(self) -> tuple[float, str] | None: ...
-    def poll_transmit(self) -> Transmit | None: ...
-    def poll_packet(self) -> Packet | None: ...
-    def shutdown(self, now: float) -> None: ...
-
-
 class Loop:
     """Drives one state machine. Commands from other tasks go through `submit` and run inside a turn."""
 
     def __init__(
         self,
-        state: State,
+        state: TunnelRole,
         tun: TunDevice,
         sockets: Sequence[UdpSocket],
         on_turn: Callable[[], None],

@@ -6,20 +6,15 @@ Source: `spec/tunnel.md` §4, §6, §7. CIDR and internet resources; names and d
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fz_core.crypto import PrivateKey
 from fz_core.ice import Credentials
-from fz_core.node import CLIENT_PROFILES, Node, NoRelays, Parameters
-from fz_core.node import events as node_events
+from fz_core.node import CLIENT_PROFILES, NoRelays, Parameters
 from fz_core.packet import (
-    Address,
-    DropCounter,
     DropReason,
     IcmpErrorKind,
     Packet,
-    Transmit,
     build_icmp_prohibited,
 )
 from fz_core.portal import client as messages
@@ -27,12 +22,9 @@ from fz_core.portal.types import Interface, merge_relays
 from fz_core.tunnel import control
 from fz_core.tunnel.authorizations import RETRY_INTERVAL, PendingAuthorizations
 from fz_core.tunnel.buffers import PacketBuffer
-from fz_core.tunnel.candidates import CandidateOutbox
-from fz_core.tunnel.errors import PacketError
+from fz_core.tunnel.candidates import CandidateBatch
 from fz_core.tunnel.events import (
     ConnectionDown,
-    ConnectionUp,
-    PathInUse,
     ResourceActivated,
     ResourceDeactivated,
     ResourceOffline,
@@ -43,49 +35,31 @@ from fz_core.tunnel.events import (
 from fz_core.tunnel.gateways import Gateways
 from fz_core.tunnel.ranges import SENTINEL_RANGE, is_multicast
 from fz_core.tunnel.resources import Resources
+from fz_core.tunnel.role import TunnelRole
 from fz_core.tunnel.traffic import is_classifiable, outbound
 
 CONNECTION_BUFFER = 128
 
 
-class ClientTunnel:
+class ClientTunnel(TunnelRole):
     """Sans-IO state of a client. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
 
     def __init__(
         self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
     ) -> None:
-        self.node = Node(private_key, now, unix_epoch, random_bytes)
-        self.drops = DropCounter()
+        super().__init__(private_key, now, unix_epoch, random_bytes)
         self.resources = Resources()
         self._interface: Interface | None = None
-        self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._pending = PendingAuthorizations()
         self._refused_at: dict[str, float] = {}
         self._gateways = Gateways()
         self._waiting: dict[str, tuple[PacketBuffer, PacketBuffer]] = {}
-        self._candidates = CandidateOutbox()
-        self._portal_is_up = False
         self._last_config: TunConfigChanged | None = None
         self._config_is_due = False
-        self._transmits: deque[Transmit] = deque()
-        self._packets: deque[Packet] = deque()
-        self._events: deque[TunnelEvent] = deque()
 
     # commands
 
-    def handle_portal_connected(self, now: float) -> None:
-        """The portal accepted our join: tell it what we can do, and all held candidates."""
-        self._portal_is_up = True
-        self.node.resignal_candidates()
-        self._events.append(SendToPortal(messages.SetSnownetCapabilities(iceless=False)))
-        self._collect(now)
-
-    def handle_portal_disconnected(self, now: float) -> None:
-        """The portal is away; tunnels go on, candidates are held back."""
-        self._portal_is_up = False
-
-    def handle_portal_message(self, message: messages.Inbound, now: float) -> None:
-        """React to a message of the portal."""
+    def _handle_message(self, message: messages.Inbound, now: float) -> None:
         match message:
             case messages.Init():
                 self._init(message, now)
@@ -109,7 +83,6 @@ class ClientTunnel:
                     self.node.remove_remote_candidate(gateway_id, line, now)
             case _:
                 pass
-        self._collect(now)
 
     def set_internet_resource(self, active: bool, now: float) -> None:
         """Switch the internet resource on or off; remembered even before it exists."""
@@ -126,36 +99,6 @@ class ClientTunnel:
             self._forget_gateway(gateway_id, "shutdown")
         self._collect(now)
 
-    # packets
-
-    def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
-        """Take an IP packet of this host; the error, if any, concerns this packet alone."""
-        packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
-        if isinstance(packet, DropReason):
-            return self._drop(packet)
-        reason = self._route(packet, now)
-        return None if reason is None else self._drop(reason, packet.src, packet.dst)
-
-    def handle_network_input(
-        self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
-    ) -> PacketError | None:
-        """Take a UDP datagram; inner packets come out of `poll_packet`."""
-        received = self.node.handle_network_input(local, remote, datagram, now)
-        if received is None:
-            self._collect(now)
-            return None
-        if isinstance(received, DropReason):
-            self._collect(now)
-            return self._drop(received, remote, local)
-        gateway_id, plaintext = received
-        packet = Packet.parse_untrusted(plaintext)
-        if isinstance(packet, DropReason):
-            return self._drop(packet, remote, local)
-        reason = self._accept(gateway_id, packet, ecn, now)
-        if self.node.has_events:
-            self._collect(now)
-        return None if reason is None else self._drop(reason, remote, local)
-
     # time and output
 
     def handle_timeout(self, now: float) -> None:
@@ -168,19 +111,11 @@ class ClientTunnel:
         due = self.node.poll_timeout()
         return None if due is None else (due, "connections")
 
-    def poll_transmit(self) -> Transmit | None:
-        """A datagram to send."""
-        return self._transmits.popleft() if self._transmits else self.node.poll_transmit()
-
-    def poll_packet(self) -> Packet | None:
-        """An IP packet for the TUN device."""
-        return self._packets.popleft() if self._packets else None
-
     def poll_event(self) -> TunnelEvent | None:
         """Something the owner should act on or show. A changed configuration comes first, and only its last state."""
         if self._config_is_due and (changed := self._changed_config()) is not None:
             return changed
-        return self._events.popleft() if self._events else None
+        return super().poll_event()
 
     # TUN to network, in the order of §6.1
 
@@ -219,12 +154,7 @@ class ClientTunnel:
         if waiting is not None:
             waiting[0 if routed else 1].push(packet)
             return None
-        sent = self.node.encapsulate(gateway_id, packet, packet.ecn, now)
-        if isinstance(sent, DropReason):
-            return sent
-        if sent is not None:
-            self._transmits.append(sent)
-        return None
+        return self._transmit(gateway_id, packet, now)
 
     def _request(self, resource_id: str, packet: Packet | None, now: float) -> None:
         if self._pending.trigger(resource_id, packet, now):
@@ -240,9 +170,7 @@ class ClientTunnel:
             return DropReason.NOT_ALLOWED
         if packet.is_icmp_error:
             self._note_prohibition(gateway_id, packet, now)
-        if ecn:
-            packet.merge_ecn(ecn)
-        self._packets.append(packet)
+        self._deliver(packet, ecn)
         return None
 
     def _handle_control(self, gateway_id: str, packet: Packet, now: float) -> DropReason | None:
@@ -360,31 +288,17 @@ class ClientTunnel:
 
     # what the node reports
 
-    def _collect(self, now: float) -> None:
-        while (event := self.node.poll_event()) is not None:
-            match event:
-                case node_events.CandidateAdded(peer_id, candidate):
-                    self._candidates.add(peer_id, candidate)
-                case node_events.CandidateRemoved(peer_id, candidate):
-                    self._candidates.remove(peer_id, candidate)
-                case node_events.ConnectionEstablished(peer_id):
-                    self._events.append(ConnectionUp(peer_id))
-                    self._flush_waiting(peer_id, now)
-                case node_events.PathChanged(peer_id, local, remote, relayed):
-                    self._events.append(PathInUse(peer_id, local, remote, relayed))
-                case node_events.ConnectionFailed(peer_id, reason):
-                    self._forget_gateway(peer_id, reason)
-                case node_events.ConnectionClosed(peer_id):
-                    self._forget_gateway(peer_id, "closed")
-                case node_events.RelaysExhausted():
-                    self._events.append(SendToPortal(messages.NoRelays()))
-        if self._portal_is_up:
-            for batch in self._candidates.release():
-                if batch.added:
-                    self._events.append(SendToPortal(messages.NewGatewayIceCandidates(batch.peer_id, batch.added)))
-                if batch.removed:
-                    withdrawn = messages.WithdrawGatewayIceCandidates(batch.peer_id, batch.removed)
-                    self._events.append(SendToPortal(withdrawn))
+    def _candidate_messages(self, batch: CandidateBatch) -> Iterator[messages.Outbound]:
+        if batch.added:
+            yield messages.NewGatewayIceCandidates(batch.peer_id, batch.added)
+        if batch.removed:
+            yield messages.WithdrawGatewayIceCandidates(batch.peer_id, batch.removed)
+
+    def _handle_connection_lost(self, peer_id: str, reason: str) -> None:
+        self._forget_gateway(peer_id, reason)
+
+    def _handle_connected(self, peer_id: str, now: float) -> None:
+        self._flush_waiting(peer_id, now)
 
     def _flush_waiting(self, gateway_id: str, now: float) -> None:
         waiting = self._waiting.pop(gateway_id, None)
@@ -406,9 +320,3 @@ class ClientTunnel:
         self._waiting.pop(gateway_id, None)
         if self._gateways.forget(gateway_id):
             self._events.append(ConnectionDown(gateway_id, reason))
-
-    def _drop(self, reason: DropReason, source: object = None, destination: object = None) -> PacketError | None:
-        self.drops.add(reason)
-        if reason is DropReason.MULTICAST or reason is DropReason.UNMAPPED_SENTINEL:
-            return None
-        return PacketError(reason, source, destination)

@@ -1,0 +1,176 @@
+"""What client and gateway have in common: a node, queues, the portal's presence, drops.
+
+Not here: any decision about a packet or a message; those are `client.py` and `gateway.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fz_core.crypto import PrivateKey
+from fz_core.node import Node
+from fz_core.node import events as node_events
+from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit
+from fz_core.portal.client import NoRelays, SetSnownetCapabilities
+from fz_core.tunnel.candidates import CandidateBatch, CandidateOutbox
+from fz_core.tunnel.errors import PacketError
+from fz_core.tunnel.events import ConnectionUp, PathInUse, SendToPortal, TunnelEvent
+
+# Drops that are nobody's mistake: counted, but no error.
+SILENT = frozenset({DropReason.MULTICAST, DropReason.UNMAPPED_SENTINEL})
+
+
+class TunnelRole(ABC):
+    """Sans-IO state of one end. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
+
+    def __init__(
+        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+    ) -> None:
+        self.node = Node(private_key, now, unix_epoch, random_bytes)
+        self.drops = DropCounter()
+        self._own_ips: tuple[bytes, bytes] = (b"", b"")
+        self._candidates = CandidateOutbox()
+        self._portal_is_up = False
+        self._transmits: deque[Transmit] = deque()
+        self._packets: deque[Packet] = deque()
+        self._events: deque[TunnelEvent] = deque()
+
+    # commands
+
+    def handle_portal_connected(self, now: float) -> None:
+        """The portal accepted our join: tell it what we can do, and all held candidates."""
+        self._portal_is_up = True
+        self.node.resignal_candidates()
+        self._events.append(SendToPortal(SetSnownetCapabilities(iceless=False)))
+        self._collect(now)
+
+    def handle_portal_disconnected(self, now: float) -> None:
+        """The portal is away; tunnels go on, candidates are held back."""
+        self._portal_is_up = False
+
+    def handle_portal_message(self, message: Any, now: float) -> None:
+        """React to a message of the portal."""
+        self._handle_message(message, now)
+        self._collect(now)
+
+    # packets
+
+    def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
+        """Take an IP packet from the TUN device; the error, if any, concerns this packet alone."""
+        packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
+        if isinstance(packet, DropReason):
+            return self._drop(packet)
+        reason = self._route(packet, now)
+        return None if reason is None else self._drop(reason, packet.src, packet.dst)
+
+    def handle_network_input(
+        self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
+    ) -> PacketError | None:
+        """Take a UDP datagram; inner packets come out of `poll_packet`."""
+        received = self.node.handle_network_input(local, remote, datagram, now)
+        if received is None:
+            self._collect(now)
+            return None
+        if isinstance(received, DropReason):
+            self._collect(now)
+            return self._drop(received, remote, local)
+        peer_id, plaintext = received
+        packet = Packet.parse_untrusted(plaintext)
+        if isinstance(packet, DropReason):
+            return self._drop(packet, remote, local)
+        reason = self._accept(peer_id, packet, ecn, now)
+        if self.node.has_events:
+            self._collect(now)
+        return None if reason is None else self._drop(reason, remote, local)
+
+    # time and output
+
+    @abstractmethod
+    def handle_timeout(self, now: float) -> None:
+        """Run every timer that is due."""
+
+    @abstractmethod
+    def poll_timeout(self) -> tuple[float, str] | None:
+        """The next deadline and what it is for."""
+
+    @abstractmethod
+    def shutdown(self, now: float) -> None:
+        """Say goodbye to every peer."""
+
+    def poll_transmit(self) -> Transmit | None:
+        """A datagram to send."""
+        return self._transmits.popleft() if self._transmits else self.node.poll_transmit()
+
+    def poll_packet(self) -> Packet | None:
+        """An IP packet for the TUN device."""
+        return self._packets.popleft() if self._packets else None
+
+    def poll_event(self) -> TunnelEvent | None:
+        """Something the owner should act on or show."""
+        return self._events.popleft() if self._events else None
+
+    # what a role decides
+
+    @abstractmethod
+    def _handle_message(self, message: Any, now: float) -> None: ...
+
+    @abstractmethod
+    def _route(self, packet: Packet, now: float) -> DropReason | None: ...
+
+    @abstractmethod
+    def _accept(self, peer_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None: ...
+
+    @abstractmethod
+    def _candidate_messages(self, batch: CandidateBatch) -> Iterator[Any]: ...
+
+    @abstractmethod
+    def _handle_connection_lost(self, peer_id: str, reason: str) -> None: ...
+
+    @abstractmethod
+    def _handle_connected(self, peer_id: str, now: float) -> None: ...
+
+    # shared by the roles
+
+    def _transmit(self, peer_id: str, packet: Packet, now: float) -> DropReason | None:
+        sent = self.node.encapsulate(peer_id, packet, packet.ecn, now)
+        if isinstance(sent, DropReason):
+            return sent
+        if sent is not None:
+            self._transmits.append(sent)
+        return None
+
+    def _deliver(self, packet: Packet, ecn: int) -> None:
+        if ecn:
+            packet.merge_ecn(ecn)
+        self._packets.append(packet)
+
+    def _collect(self, now: float) -> None:
+        """Take over what the node reports, and release candidates while the portal is there."""
+        while (event := self.node.poll_event()) is not None:
+            match event:
+                case node_events.CandidateAdded(peer_id, candidate):
+                    self._candidates.add(peer_id, candidate)
+                case node_events.CandidateRemoved(peer_id, candidate):
+                    self._candidates.remove(peer_id, candidate)
+                case node_events.ConnectionEstablished(peer_id):
+                    self._events.append(ConnectionUp(peer_id))
+                    self._handle_connected(peer_id, now)
+                case node_events.PathChanged(peer_id, local, remote, relayed):
+                    self._events.append(PathInUse(peer_id, local, remote, relayed))
+                case node_events.ConnectionFailed(peer_id, reason):
+                    self._candidates.forget(peer_id)
+                    self._handle_connection_lost(peer_id, reason)
+                case node_events.ConnectionClosed(peer_id):
+                    self._candidates.forget(peer_id)
+                case node_events.RelaysExhausted():
+                    self._events.append(SendToPortal(NoRelays()))
+        if self._portal_is_up:
+            for batch in self._candidates.release():
+                self._events.extend(SendToPortal(message) for message in self._candidate_messages(batch))
+
+    def _drop(self, reason: DropReason, source: object = None, destination: object = None) -> PacketError | None:
+        self.drops.add(reason)
+        return None if reason in SILENT else PacketError(reason, source, destination)
