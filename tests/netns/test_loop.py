@@ -1,0 +1,173 @@
+"""The event loop on a real TUN device and real sockets: spec/io.md §14 items 1, 2, 3, 8; `design.md` §5."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import Any
+
+import pytest
+import trio
+
+from fz_core.crypto import PrivateKey
+from fz_core.driver import clock
+from fz_core.driver.loop import Loop
+from fz_core.lab import Host, Lab
+from fz_core.linux import Interface, TunDevice, UdpSocket
+from fz_core.packet import DropReason
+from fz_core.portal import client as messages
+from fz_core.portal.types import CidrResource, Filter, Site
+from fz_core.portal.types import Interface as Config
+from fz_core.tunnel import ClientTunnel, PacketError, TunnelErrors
+
+pytestmark = [pytest.mark.root, pytest.mark.peer("ip", "nft")]
+
+V4, V6 = IPv4Address("100.64.0.5"), IPv6Address("fd00:2021:1111::5")
+SITE = Site("00000000-0000-4000-8000-000000000001", "s")
+ALLOWED = CidrResource(
+    "00000000-0000-4000-8000-0000000000aa", ip_network("10.20.0.0/24"), "n", (Filter("udp", 7, 7),), (SITE,)
+)
+
+
+class Rig:
+    """A client's loop in a namespace of its own."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        with host.entered():
+            self.tun = TunDevice.open("tun-firezone")
+            interface = Interface(self.tun.name)
+            interface.set_addresses(V4, V6)
+            interface.set_routes([ip_network(n) for n in ("10.20.0.0/24", "10.99.0.0/24", "100.64.0.0/11")])
+            self.sockets = [UdpSocket.bind(family) for family in (socket.AF_INET, socket.AF_INET6)]
+            self.app = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self.app.bind((str(V4), 5000))
+            self.noise = [socket.socket(family, socket.SOCK_DGRAM) for family in (socket.AF_INET, socket.AF_INET6)]
+        self.state = ClientTunnel(
+            PrivateKey(secrets.token_bytes(32)), clock.now(), clock.unix_epoch(), secrets.token_bytes
+        )
+        self.state.handle_portal_message(messages.Init(Config(V4, V6), (ALLOWED,)), clock.now())
+        self.turns: list[list[Exception]] = [[]]
+        self.loop = Loop(self.state, self.tun, self.sockets, self._end_turn, self._note)
+
+    def _end_turn(self) -> None:
+        self.turns.append([])
+
+    def _note(self, errors: TunnelErrors) -> None:
+        self.turns[-1].extend(errors.exceptions)
+
+    @property
+    def errors(self) -> list[Exception]:
+        return [error for turn in self.turns for error in turn]
+
+    def waiting(self) -> list[bytes]:
+        """Payloads that wait for the portal's answer, in order."""
+        packets = self.state._pending.resolve(ALLOWED.id) or []
+        return [p.payload for p in packets]
+
+    def garble(self, count: int) -> None:
+        """Datagrams on both sockets that are nothing."""
+        for _ in range(count):
+            self.noise[0].sendto(b"\xff" * 40, ("127.0.0.1", self.sockets[0].port))
+            self.noise[1].sendto(b"\xff" * 40, ("::1", self.sockets[1].port))
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        with trio.fail_after(10):
+            while not condition():
+                await trio.sleep(0.005)
+
+    def close(self) -> None:
+        for thing in (self.tun, *self.sockets, self.app, *self.noise):
+            thing.close()
+
+
+@contextmanager
+def rig() -> Iterator[Rig]:
+    with Lab() as lab:
+        built = Rig(lab.public_host("loop", 50))
+        try:
+            yield built
+        finally:
+            built.close()
+
+
+async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
+    with rig() as r:
+        for n in range(100):
+            # 10.99.0.0/24 is routed into the device and belongs to no resource
+            target = "10.99.0.1" if n in (10, 50, 51) else "10.20.0.9"
+            r.app.sendto(b"%03d" % n, (target, 7))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(lambda: len(r.errors) == 3)
+            await r.until(lambda: len(r.state._pending._pending[ALLOWED.id].packets) == 97)
+            r.loop.stop()
+        assert r.waiting() == [b"%03d" % n for n in range(100) if n not in (10, 50, 51)]
+        assert [e.reason for e in r.errors if isinstance(e, PacketError)] == [DropReason.UNKNOWN_RESOURCE] * 3
+        assert "10.99.0.1" in str(r.errors[0])
+
+
+async def test_every_saturated_source_progresses_within_one_turn() -> None:
+    with rig() as r:
+        ran: list[float] = []
+        for n in range(2000):
+            r.app.sendto(b"%d" % n, ("10.20.0.9", 7))
+        r.garble(3000)
+        for _ in range(50):
+            r.loop.submit(ran.append)
+        r.state.handle_timeout(clock.now())
+        await r.loop._turn()
+        kinds = [e.source.is_ipv4 for e in r.errors if isinstance(e, PacketError) and e.source is not None]
+        assert True in kinds
+        assert False in kinds
+        assert len(ran) == 50
+        assert ALLOWED.id in r.state._pending
+        # and one turn is bounded: it did not run any source dry
+        assert r.sockets[0].recv_batch(1)
+        assert r.tun.read_batch(1)
+
+
+async def test_errors_of_one_family_do_not_cost_the_other_its_datagrams() -> None:
+    with rig() as r:
+        r.garble(20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(lambda: len(r.errors) == 40)
+            r.loop.stop()
+        assert r.state.drops[DropReason.UNKNOWN_DATAGRAM] == 40
+
+
+async def test_a_denied_packet_is_answered_by_icmp_through_the_device() -> None:
+    with rig() as r:
+        r.app.connect(("10.20.0.9", 8))
+        r.app.settimeout(0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            r.app.send(b"denied")
+            # the kernel turns "administratively prohibited" into EHOSTUNREACH
+            await r.until(lambda: r.app.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            r.loop.stop()
+        assert r.errors == []
+
+
+async def test_an_idle_loop_does_not_turn() -> None:
+    with rig() as r:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await trio.sleep(0.3)
+            turns = len(r.turns)
+            await trio.sleep(0.7)
+            assert len(r.turns) - turns <= 2
+            r.loop.stop()
+
+
+async def test_a_stopped_loop_ends_within_a_second() -> None:
+    with rig() as r:
+        with trio.fail_after(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(r.loop.run)
+                await trio.sleep(0.05)
+                r.loop.stop()
