@@ -72,6 +72,7 @@ class Tunnel:
         self._public_key = base64.b64encode(private_key.public).decode()
         self._login = _login(config)
         self._loop: Loop | None = None
+        self._is_stopping = False
         self._configs: trio.MemorySendChannel[TunConfigChanged]
         self._sender: trio.MemorySendChannel[TunnelEvent]
         self.events: trio.MemoryReceiveChannel[TunnelEvent]
@@ -93,6 +94,7 @@ class Tunnel:
 
     def stop(self) -> None:
         """Say goodbye to all peers and let `run` return."""
+        self._is_stopping = True
         if self._loop is not None:
             self._loop.stop()
 
@@ -111,6 +113,8 @@ class Tunnel:
             link = PortalLink(self._login, channel, public_key=lambda: self._public_key)
             self._configs, configs = trio.open_memory_channel[TunConfigChanged](1024)
             loop = self._loop = Loop(self._state, tun, sockets, lambda: self._hand_up(link), self._report)
+            if self._is_stopping:
+                loop.stop()
             try:
                 await self._run_tasks(loop, link, interface, configs)
             finally:

@@ -103,7 +103,7 @@ def test_a_missing_token_names_variable_and_path(tmp_path: Path) -> None:
 def test_a_token_argument_disappears_from_the_process_list() -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("FIREZONE")}
     process = subprocess.Popen(
-        [sys.executable, "-m", GATEWAY, "--no-inc-buf", "-i", "x", "--api-url", "ws://127.0.0.1:9",
+        ["unshare", "-n", sys.executable, "-m", GATEWAY, "--no-inc-buf", "-i", "x", "--api-url", "ws://127.0.0.1:9",
          "positional-secret"],
         env={**clean, "HEALTH_CHECK_ADDR": "127.0.0.1:0"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
