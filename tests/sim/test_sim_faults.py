@@ -87,7 +87,7 @@ def play(
 
 
 def test_any_mix_of_networks() -> None:
-    for seed in range(150):
+    for seed in range(600):
         play(seed, random_scenario(seed), lambda _s, talk: talk.for_seconds(1.0), 10.0)
 
 
