@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find fz_core -name '*.pyx' -o -name '*.pxd') \
-           $(wildcard fz_core/ice/*.py fz_core/turn/*.py)
+SOURCES := $(shell find fz_core -name '*.pyx' -o -name '*.pxd') $(wildcard fz_core/ice/*.py fz_core/turn/*.py)
+JOBS := $(shell nproc)
 PEERS ?=
 
-.PHONY: demo test test-fast lint bench interop system-packages build clean help
+.PHONY: demo demo-smoke test test-fast lint bench interop system-packages build clean help
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -51,8 +51,14 @@ $(VENV)/.installed: requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+# The programs and their metadata; what the compiler was told may have changed, so nothing compiled is kept.
+$(VENV)/.registered: $(VENV)/.installed setup.py pyproject.toml
+	rm -rf build
+	FZ_BUILD_ONLY=none $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.registered $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace --parallel $(JOBS)
 	@touch $@
 
 clean: ## remove everything built

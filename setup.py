@@ -2,7 +2,7 @@
 
 Compiled are all `.pyx` files, and the plain `.py` modules of the rooms in `COMPILED_ROOMS`
 (they also run uncompiled, for debugging). `FZ_BUILD_ONLY=packet,crypto` limits a developer's
-build to those rooms.
+build to those rooms; `FZ_BUILD_ONLY=none` compiles nothing.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 COMPILED_ROOMS = ("ice", "turn")
+COMPILING = {"bdist_wheel", "build", "build_ext", "editable_wheel", "install"}
 ROOT = Path("fz_core")
 
 
@@ -36,16 +37,14 @@ def extension(path: Path) -> Extension:
 
 def require_libsodium() -> None:
     """Stop with one line where the header is missing, instead of a page of compiler output."""
-    if "build_ext" not in sys.argv and "bdist_wheel" not in sys.argv:
-        return
     places = ("/usr/include", "/usr/local/include", *os.environ.get("CPATH", "").split(":"))
     if not any((Path(p) / "sodium.h").exists() for p in places if p):
         sys.exit("sodium.h not found: libsodium's headers are missing; run 'apt-get install libsodium-dev'")
 
 
 def extensions() -> list[Extension]:
-    """Cythonized modules; an sdist needs none."""
-    if "sdist" in sys.argv or "egg_info" in sys.argv:
+    """Cythonized modules; the commands that only describe or pack the sources need none."""
+    if not sources() or not COMPILING.intersection(sys.argv):
         return []
     require_libsodium()
     from Cython.Build import cythonize

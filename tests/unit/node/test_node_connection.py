@@ -121,8 +121,8 @@ def test_a_response_waits_for_the_path_and_then_the_connection_stands() -> None:
     assert wire.sent["g", RESPONSE] == 0
     assert of_gateway(system).path is None
     assert system.world.run_until(lambda: both_ready(system), 4.0)
-    assert wire.sent["g", RESPONSE] == 1
-    assert wire.sent["c", INIT] == 1
+    # an init unanswered for a second is repeated, and each is answered once
+    assert wire.sent["g", RESPONSE] == wire.sent["c", INIT] in (1, 2)
 
 
 def test_the_controlling_side_starts_the_only_handshake() -> None:
