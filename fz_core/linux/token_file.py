@@ -15,7 +15,7 @@ def read_token_file(path: str | Path) -> str:
     """The trimmed token. HostError names what is wrong with the file."""
     path = Path(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise HostError(
             f"can't find the token: set {VARIABLE}, or put the token into {path} ({error.strerror})"
