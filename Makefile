@@ -48,7 +48,7 @@ build: system-packages $(VENV)/.built ## virtual environment and extension modul
 
 $(VENV)/.installed: requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 --require-hashes -r requirements.lock
 	@touch $@
 
 # The programs and their metadata; what the compiler was told may have changed, so nothing compiled is kept.
