@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find fz_core -name '*.pyx' -o -name '*.pxd') $(wildcard fz_core/ice/*.py fz_core/turn/*.py)
-JOBS := $(shell nproc)
 PEERS ?=
 
 .PHONY: demo demo-smoke test test-fast lint bench interop system-packages build clean help
@@ -58,7 +57,7 @@ $(VENV)/.registered: $(VENV)/.installed setup.py pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.registered $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace --parallel $(JOBS)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 clean: ## remove everything built
