@@ -29,6 +29,7 @@ from fz_core.embedded.store import Store, StoreError
 from fz_core.linux import forbid_core_dumps
 
 PROGRAM = "firezone-portal"
+VERSION = "0.1.0"
 log = logging.getLogger("firezone_portal")
 DESCRIPTION = """\
 A small Firezone portal for one machine: it reads who may reach what from a policy file, and brings
@@ -151,6 +152,7 @@ def reload_tls(context: ssl.SSLContext | None, options: argparse.Namespace) -> N
 def parser() -> OptionParser:
     """All options."""
     p = OptionParser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG)
+    p.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     p.add_option("--policy", env="FIREZONE_PORTAL_POLICY", type=Path, metavar="FILE", help="the policy, TOML; required")
     p.add_option(
         "--state", env="FIREZONE_PORTAL_STATE", type=Path, metavar="FILE",

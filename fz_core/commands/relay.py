@@ -31,6 +31,7 @@ log = logging.getLogger("firezone_relay")
 def parser() -> OptionParser:
     """All options; every variable is the flag's name in upper snake case."""
     p = OptionParser(prog=PROGRAM, description="TURN/STUN relay for Firezone clients and gateways.")
+    p.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     p.add_option("--public-ip4-addr", env="PUBLIC_IP4_ADDR", type=ip4, help="IPv4 address to hand out")
     p.add_option("--public-ip6-addr", env="PUBLIC_IP6_ADDR", type=ip6, help="IPv6 address to hand out")
     p.add_option("--bind-ip4-addr", env="BIND_IP4_ADDR", type=ip4, default="0.0.0.0", help="IPv4 address to listen on")

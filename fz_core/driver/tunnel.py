@@ -128,6 +128,7 @@ class Tunnel:
         interface: Interface,
         configs: trio.MemoryReceiveChannel[TunConfigChanged],
     ) -> None:
+        error: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
@@ -137,10 +138,11 @@ class Tunnel:
                 await loop.run()
                 nursery.cancel_scope.cancel()
         except* (TunnelFailed, HostError) as failed:
-            error: BaseException = failed
+            error = failed
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
-            raise error from None
+        if error is not None:  # not raised above: Python before 3.11.4 or so puts what except* raises in a group
+            raise error
 
     async def _listen(self, link: PortalLink, loop: Loop) -> None:
         """Bring what the portal says into the loop's turns."""

@@ -20,6 +20,7 @@ from fz_core.lab.topology import Host, Lab, Router
 from fz_core.lab.webserver import document_digest
 
 PORTAL_PORT = 8081
+ROUTE_TABLE = str(0x2021FD00)
 RESOURCE_NET, RESOURCE_NET6 = "10.20.0.0/24", "fd20::/64"
 QUIET = {"FIREZONE_NO_TELEMETRY": "true", "RUST_LOG": "info", "PYTHONUNBUFFERED": "1"}
 
@@ -229,13 +230,17 @@ class System:
         return f"ws://{self.portal_host.ipv4 if 4 in families else 'portal'}:{PORTAL_PORT}"
 
     def wait_until_up(self, member: Member) -> None:
-        """Until its device has an address."""
+        """Until its device has addresses and routes."""
 
-        def has_address() -> bool:
-            shown = member.host.run("ip", "-j", "addr", "show", "dev", "tun-firezone", check=False)
-            return shown.returncode == 0 and bool(json.loads(shown.stdout)[0].get("addr_info"))
+        def shows(*what: str) -> bool:
+            shown = member.host.run("ip", "-j", *what, check=False)
+            return shown.returncode == 0 and bool(shown.stdout.strip()) and any(json.loads(shown.stdout))
 
-        self._until(has_address, f"the tunnel device of {member.name}", member.process)
+        def is_up() -> bool:
+            has_address = shows("addr", "show", "dev", "tun-firezone", "scope", "global")
+            return has_address and shows("route", "show", "table", ROUTE_TABLE, "dev", "tun-firezone")
+
+        self._until(is_up, f"the tunnel device of {member.name}", member.process)
 
     def restart(self, member: Member, *, kill: bool = False) -> None:
         """Stop a program, or kill it, and start it again."""

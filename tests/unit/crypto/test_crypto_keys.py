@@ -90,7 +90,8 @@ def test_the_counter_is_64_bits_wide() -> None:
 
 
 def test_a_missing_libsodium_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "libsodium.so.23").write_bytes(b"")
+    for version in range(18, 40):  # whichever this build is linked with
+        (tmp_path / f"libsodium.so.{version}").write_bytes(b"")
     run = subprocess.run(
         [sys.executable, "-c", "import fz_core.crypto"],
         env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(ROOT)},
