@@ -2,7 +2,8 @@
 
 One mutation, then drain `poll_transmit` and `poll_event`, then wait for `poll_timeout`.
 
-Source: `spec/connectivity.md` §2, §3.8, §8. ICE-less connections are refused (`docs/deviations.md`).
+Source: `spec/connectivity.md` §2, §3.8, §8. Every connection is an ICE one:
+`Parameters.iceless` only tells connections apart, since we never offer that mode (`docs/deviations.md`).
 """
 
 from __future__ import annotations

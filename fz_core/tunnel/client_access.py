@@ -10,7 +10,7 @@ from enum import Enum, auto
 from typing import Any
 
 from fz_core.packet import DropReason, Packet
-from fz_core.portal.types import CidrResource, DnsResource, InternetResource
+from fz_core.portal.types import CidrResource, InternetResource
 from fz_core.tunnel.filters import FilterSet
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
@@ -96,11 +96,6 @@ class ClientAccess:
     def next_expiry(self) -> float | None:
         """The earliest deadline."""
         return min((g.expires_at for g in self._grants.values() if g.expires_at is not None), default=None)
-
-    def knows_dns_resource(self, resource_id: str) -> bool:
-        """Whether this DNS resource is granted."""
-        grant = self._grants.get(resource_id)
-        return grant is not None and isinstance(grant.resource, DnsResource)
 
     def decide(self, packet: Packet) -> Decision | DropReason:
         """A packet from the client, in the order of §14."""

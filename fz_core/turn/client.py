@@ -224,10 +224,6 @@ class Allocation:
         """The channel number for `peer`, for a caller that writes the four header bytes itself."""
         return self._channels.number_to(peer, now)
 
-    def note_data_sent(self, now: float) -> None:
-        """Such a caller sent ChannelData: the keep-alive may wait."""
-        self._active_at = now
-
     def note_data_received(self, number: int, now: float) -> None:
         """ChannelData was unwrapped elsewhere: the channel is in use and worth refreshing."""
         self._channels.receive(number, now)
