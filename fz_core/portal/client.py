@@ -69,6 +69,22 @@ class WithdrawClientIceCandidates:
 
 
 @dataclass(frozen=True, slots=True)
+class BroadcastIceCandidates:
+    """What clients before 1.5.7 say instead of `NewGatewayIceCandidates`."""
+
+    gateway_ids: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastInvalidatedIceCandidates:
+    """What clients before 1.5.7 say instead of `WithdrawGatewayIceCandidates`."""
+
+    gateway_ids: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NoRelays:
     """The last relay is lost, or there is none to connect with."""
 
@@ -81,6 +97,8 @@ Outbound = (
     | WithdrawGatewayIceCandidates
     | NewClientIceCandidates
     | WithdrawClientIceCandidates
+    | BroadcastIceCandidates
+    | BroadcastInvalidatedIceCandidates
     | NoRelays
 )
 

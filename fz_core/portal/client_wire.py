@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fz_core.portal import client_legacy
 from fz_core.portal import types as t
 from fz_core.portal.client import (
     AuthorizationCreated,
     AuthorizationCreationFailed,
+    BroadcastIceCandidates,
+    BroadcastInvalidatedIceCandidates,
     ClientDeviceAccessAuthorized,
     ClientDeviceAccessDenied,
     ClientIceCandidateError,
@@ -136,6 +139,14 @@ def _read_denied(p: Any) -> ClientDeviceAccessDenied:
     )
 
 
+def _broadcast(kind: Any) -> Any:
+    return lambda p: kind(tuple(t.read_id(i) for i in t.read_list(p["gateway_ids"])), read_lines(p["candidates"]))
+
+
+def _write_broadcast(m: Any) -> Any:
+    return {"gateway_ids": list(m.gateway_ids), "candidates": list(m.candidates)}
+
+
 def _candidates(kind: Any, peer: str) -> Any:
     return lambda p: kind(t.read_id(p[peer]), read_lines(p["candidates"]))
 
@@ -180,7 +191,10 @@ TO_PORTAL = Codec(
         "invalidate_gateway_ice_candidates": _candidates(WithdrawGatewayIceCandidates, "gateway_id"),
         "new_client_ice_candidates": _candidates(NewClientIceCandidates, "client_id"),
         "invalidate_client_ice_candidates": _candidates(WithdrawClientIceCandidates, "client_id"),
+        "broadcast_ice_candidates": _broadcast(BroadcastIceCandidates),
+        "broadcast_invalidated_ice_candidates": _broadcast(BroadcastInvalidatedIceCandidates),
         "no_relays": lambda p: NoRelays(),
+        **client_legacy.READERS,
     },
     writers={
         SetSnownetCapabilities: ("set_snownet_capabilities", lambda m: {"iceless": m.iceless}),
@@ -193,7 +207,10 @@ TO_PORTAL = Codec(
         WithdrawGatewayIceCandidates: ("invalidate_gateway_ice_candidates", _write_candidates("gateway_id")),
         NewClientIceCandidates: ("new_client_ice_candidates", _write_candidates("client_id")),
         WithdrawClientIceCandidates: ("invalidate_client_ice_candidates", _write_candidates("client_id")),
+        BroadcastIceCandidates: ("broadcast_ice_candidates", _write_broadcast),
+        BroadcastInvalidatedIceCandidates: ("broadcast_invalidated_ice_candidates", _write_broadcast),
         NoRelays: ("no_relays", lambda m: {}),
+        **client_legacy.WRITERS,
     },
     legacy=LEGACY_TO_PORTAL,
 )

@@ -1,4 +1,8 @@
-"""What a gateway and a portal say to each other (`spec/portal-protocol.md` §6, legacy names §9)."""
+"""What a gateway and a portal say to each other (`spec/portal-protocol.md` §6, legacy names §9).
+
+`RequestConnection`, `AllowAccess` and `ConnectionReady` serve clients before 1.4, who choose their own ICE
+credentials and preshared key.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +41,18 @@ class BroadcastInvalidatedIceCandidates:
     candidates: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ConnectionReady:
+    """Answer to a `RequestConnection`: our ICE credentials, of our own choice."""
+
+    ref: str
+    ice_credentials: t.IceCredentials
+
+
 Outbound = (
     SetSnownetCapabilities
     | AuthorizationCreated
+    | ConnectionReady
     | BroadcastIceCandidates
     | BroadcastInvalidatedIceCandidates
     | NoRelays
@@ -111,9 +124,40 @@ class InvalidateIceCandidates:
     candidates: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestConnection:
+    """A client before 1.4 wants a connection, and one resource through it; `ConnectionReady` answers.
+
+    `domain` is set for a DNS resource: the name the client just resolved.
+    """
+
+    ref: str
+    client: Client
+    resource: GatewayResource
+    client_ice_credentials: t.IceCredentials
+    expires_at: int | None
+    domain: t.ProxiedName | None = None
+    persistent_keepalive: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AllowAccess:
+    """A connected client before 1.4 wants one more resource, or one more name of it. Nobody waits for an answer."""
+
+    ref: str
+    client_id: str
+    client_ipv4: IPv4Address
+    client_ipv6: IPv6Address
+    resource: GatewayResource
+    expires_at: int | None
+    domain: t.ProxiedName | None = None
+
+
 Inbound = (
     Init
     | CreateAuthorization
+    | RequestConnection
+    | AllowAccess
     | RejectAccess
     | ResourceUpdated
     | IceCandidates
@@ -158,6 +202,42 @@ def _read_authorization(p: Any) -> CreateAuthorization:
     )
 
 
+def _read_connection(p: Any) -> RequestConnection:
+    client, payload = p["client"], p["client"]["payload"]
+    peer = client["peer"]
+    return RequestConnection(
+        t.read_text(p["ref"]),
+        Client(
+            t.read_id(client["id"]),
+            t.read_key(peer["public_key"]),
+            t.read_key(peer["preshared_key"]),
+            t.read_ipv4(peer["ipv4"]),
+            t.read_ipv6(peer["ipv6"]),
+        ),
+        t.read_gateway_resource(p["resource"]),
+        t.read_credentials(payload["ice_parameters"]),
+        t.read_optional_int(p.get("expires_at")),
+        t.read_proxied_name(payload.get("domain")),
+        t.read_optional_int(peer.get("persistent_keepalive")),
+    )
+
+
+def _read_access(p: Any) -> AllowAccess:
+    return AllowAccess(
+        t.read_text(p["ref"]),
+        t.read_id(p["client_id"]),
+        t.read_ipv4(p["client_ipv4"]),
+        t.read_ipv6(p["client_ipv6"]),
+        t.read_gateway_resource(p["resource"]),
+        t.read_optional_int(p.get("expires_at")),
+        t.read_proxied_name(p.get("payload")),
+    )
+
+
+def _read_ready(p: Any) -> ConnectionReady:
+    return ConnectionReady(t.read_text(p["ref"]), t.read_gateway_payload(p["gateway_payload"]))
+
+
 def _write_init(m: Init) -> Any:
     return {
         "interface": {"ipv4": str(m.interface.ipv4), "ipv6": str(m.interface.ipv6)},
@@ -190,6 +270,42 @@ def _write_authorization(m: CreateAuthorization) -> Any:
     }
 
 
+def _write_connection(m: RequestConnection) -> Any:
+    peer = {
+        "persistent_keepalive": m.persistent_keepalive,
+        "public_key": t.write_key(m.client.public_key),
+        "preshared_key": t.write_key(m.client.preshared_key),
+        "ipv4": str(m.client.ipv4),
+        "ipv6": str(m.client.ipv6),
+    }
+    payload = {
+        "ice_parameters": t.write_credentials(m.client_ice_credentials),
+        "domain": t.write_proxied_name(m.domain),
+    }
+    return {
+        "ref": m.ref,
+        "client": {"id": m.client.id, "payload": payload, "peer": peer},
+        "resource": t.write_gateway_resource(m.resource),
+        "expires_at": m.expires_at,
+    }
+
+
+def _write_access(m: AllowAccess) -> Any:
+    return {
+        "ref": m.ref,
+        "client_id": m.client_id,
+        "client_ipv4": str(m.client_ipv4),
+        "client_ipv6": str(m.client_ipv6),
+        "resource": t.write_gateway_resource(m.resource),
+        "expires_at": m.expires_at,
+        "payload": t.write_proxied_name(m.domain),
+    }
+
+
+def _write_ready(m: ConnectionReady) -> Any:
+    return {"ref": m.ref, "gateway_payload": t.write_gateway_payload(m.ice_credentials)}
+
+
 def _broadcast(kind: Any) -> Any:
     def read(p: Any) -> Any:
         return kind(tuple(t.read_id(i) for i in t.read_list(p["client_ids"])), read_lines(p["candidates"]))
@@ -209,6 +325,7 @@ TO_PORTAL = Codec(
     readers={
         "set_snownet_capabilities": lambda p: SetSnownetCapabilities(p.get("iceless", False) is True),
         "authorization_created": lambda p: AuthorizationCreated(t.read_text(p["ref"])),
+        "connection_ready": _read_ready,
         "broadcast_ice_candidates": _broadcast(BroadcastIceCandidates),
         "broadcast_invalidated_ice_candidates": _broadcast(BroadcastInvalidatedIceCandidates),
         "no_relays": lambda p: NoRelays(),
@@ -216,6 +333,7 @@ TO_PORTAL = Codec(
     writers={
         SetSnownetCapabilities: ("set_snownet_capabilities", lambda m: {"iceless": m.iceless}),
         AuthorizationCreated: ("authorization_created", lambda m: {"ref": m.ref}),
+        ConnectionReady: ("connection_ready", _write_ready),
         BroadcastIceCandidates: ("broadcast_ice_candidates", _write_broadcast),
         BroadcastInvalidatedIceCandidates: ("broadcast_invalidated_ice_candidates", _write_broadcast),
         NoRelays: ("no_relays", lambda m: {}),
@@ -227,6 +345,8 @@ TO_GATEWAY = Codec(
     readers={
         "init": _read_init,
         "create_authorization": _read_authorization,
+        "request_connection": _read_connection,
+        "allow_access": _read_access,
         "reject_access": lambda p: RejectAccess(t.read_id(p["client_id"]), t.read_id(p["resource_id"])),
         "resource_updated": lambda p: ResourceUpdated(t.read_gateway_resource(p)),
         "ice_candidates": lambda p: IceCandidates(t.read_id(p["client_id"]), read_lines(p["candidates"])),
@@ -239,6 +359,8 @@ TO_GATEWAY = Codec(
     writers={
         Init: ("init", _write_init),
         CreateAuthorization: ("create_authorization", _write_authorization),
+        RequestConnection: ("request_connection", _write_connection),
+        AllowAccess: ("allow_access", _write_access),
         RejectAccess: ("reject_access", lambda m: {"client_id": m.client_id, "resource_id": m.resource_id}),
         ResourceUpdated: ("resource_updated", lambda m: t.write_gateway_resource(m.resource)),
         IceCandidates: ("ice_candidates", _write_candidates),

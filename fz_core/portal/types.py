@@ -152,6 +152,14 @@ class Authorization:
 
 
 @dataclass(frozen=True, slots=True)
+class ProxiedName:
+    """A name of a DNS resource, and the addresses a client before 1.4 uses in its place."""
+
+    name: str
+    proxy_ips: tuple[Ip, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FlowLogs:
     """Where flow logs go; an interval of 0 means nowhere."""
 
@@ -366,6 +374,14 @@ def read_authorizations(value: Json) -> tuple[Authorization, ...]:
     )
 
 
+def read_proxied_name(value: Json) -> ProxiedName | None:
+    """A name with its proxy addresses, or null."""
+    if value is None:
+        return None
+    ips = tuple(ip_address(read_text(ip)) for ip in read_list(value["proxy_ips"]))
+    return ProxiedName(read_text(value["name"]), ips)
+
+
 def read_flow_logs(value: Json) -> FlowLogs:
     """The flow log configuration; all three members are required."""
     interval, batch = read_int(value["upload_interval_secs"]), read_int(value["upload_batch_size"])
@@ -434,6 +450,16 @@ def write_key(key: bytes) -> str:
 def write_credentials(credentials: IceCredentials) -> Json:
     """An object with username and password."""
     return {"username": credentials.username, "password": credentials.password}
+
+
+def read_gateway_payload(value: Json) -> IceCredentials:
+    """What a gateway tells a client before 1.4 about a connection it accepted."""
+    return read_credentials(value["ConnectionAccepted"]["ice_parameters"])
+
+
+def write_gateway_payload(credentials: IceCredentials) -> Json:
+    """The inverse of `read_gateway_payload`."""
+    return {"ConnectionAccepted": {"ice_parameters": write_credentials(credentials)}}
 
 
 def write_filter(item: Filter) -> Json:
@@ -521,6 +547,11 @@ def write_interface(interface: Interface) -> Json:
 def write_authorization(grant: Authorization) -> Json:
     """A grant."""
     return {"client_id": grant.client_id, "resource_id": grant.resource_id, "expires_at": grant.expires_at}
+
+
+def write_proxied_name(domain: ProxiedName | None) -> Json:
+    """A name with its proxy addresses, or null."""
+    return None if domain is None else {"name": domain.name, "proxy_ips": [str(ip) for ip in domain.proxy_ips]}
 
 
 def write_flow_logs(config: FlowLogs) -> Json:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fz_core.packet import Address
-from fz_core.portal import client, client_wire, gateway
+from fz_core.portal import client, client_legacy, client_wire, gateway
 from fz_core.portal import relay as relay_messages
 from fz_core.portal import types as t
 from fz_core.portal.codec import ParseFailure
@@ -52,6 +52,7 @@ RELAYS = (
 )
 INTERFACE = t.Interface(V4, V6, (ip_address("1.1.1.1"),), ("https://dns.example/dns-query",), "corp.example")
 GRANTS = (t.Authorization(ID[1], ID[3], 1_800_000_000),)
+NAME = t.ProxiedName("www.example.com", (ip_address("100.96.0.1"), ip_address("fd00:2021:1111:8000::1")))
 LINES = ("candidate:1 1 udp 1 1.2.3.4 5 typ host",)
 
 TO_CLIENT = [
@@ -88,7 +89,14 @@ FROM_CLIENT = [
     client.WithdrawGatewayIceCandidates(ID[2], LINES),
     client.NewClientIceCandidates(ID[1], LINES),
     client.WithdrawClientIceCandidates(ID[1], LINES),
+    client.BroadcastIceCandidates((ID[2],), LINES),
+    client.BroadcastInvalidatedIceCandidates((ID[2],), LINES),
     client.NoRelays(),
+    client_legacy.PrepareConnection(ID[3], (ID[2],)),
+    client_legacy.RequestConnection(ID[2], ID[3], CREDENTIALS, KEY, NAME),
+    client_legacy.RequestConnection(ID[2], ID[3], CREDENTIALS, KEY),
+    client_legacy.ReuseConnection(ID[2], ID[3], NAME),
+    client_legacy.ReuseConnection(ID[2], ID[3]),
 ]
 TO_GATEWAY = [
     gateway.Init(t.GatewayInterface(V4, V6), RELAYS, GRANTS, "acme", t.FlowLogs("https://x/", 0, 0)),
@@ -96,6 +104,12 @@ TO_GATEWAY = [
         "ref", gateway.Client(ID[1], KEY, KEY, V4, V6, (("version", "1.5.11"),)),
         t.DnsResource(ID[3], "*.example.com", "web"), CREDENTIALS, CREDENTIALS, None, False, TOKEN,
     ),
+    gateway.RequestConnection(
+        "ref", gateway.Client(ID[1], KEY, KEY, V4, V6), t.DnsResource(ID[3], "*.example.com", "web"), CREDENTIALS,
+        1_800_000_000, NAME, 25,
+    ),
+    gateway.AllowAccess("ref", ID[1], V4, V6, t.DnsResource(ID[3], "*.example.com", "web"), None, NAME),
+    gateway.AllowAccess("ref", ID[1], V4, V6, t.InternetResource(ID[6]), 1_800_000_000),
     gateway.RejectAccess(ID[1], ID[3]),
     gateway.ResourceUpdated(t.CidrResource(ID[5], ip_network("10.0.0.0/8"), "net", (t.Filter("tcp", 1, 2),))),
     gateway.ResourceUpdated(t.InternetResource(ID[6])),
@@ -106,6 +120,7 @@ TO_GATEWAY = [
 FROM_GATEWAY = [
     gateway.SetSnownetCapabilities(False),
     gateway.AuthorizationCreated("ref"),
+    gateway.ConnectionReady("ref", CREDENTIALS),
     gateway.BroadcastIceCandidates((ID[1],), LINES),
     gateway.BroadcastInvalidatedIceCandidates((ID[1],), LINES),
     gateway.NoRelays(),
@@ -151,6 +166,59 @@ def test_each_endpoint_knows_its_own_names_only(codec: Any, v2: str, legacy: str
         assert "unknown event" in failure.reason
     for event, is_legacy in ((v2, False), (legacy, True)):
         assert "unknown event" not in codec.parse(event, {}, is_legacy=is_legacy).reason
+
+
+def test_the_scheme_before_1_4_looks_as_specified() -> None:
+    ice = {"username": "ab12", "password": "p" * 22}
+    domain = {"name": "www.example.com", "proxy_ips": ["100.96.0.1", "fd00:2021:1111:8000::1"]}
+    resource = {"id": ID[3], "type": "dns", "name": "web", "address": "*.example.com", "filters": []}
+    order = gateway.RequestConnection(
+        "ref", gateway.Client(ID[1], KEY, KEY, V4, V6), t.DnsResource(ID[3], "*.example.com", "web"), CREDENTIALS,
+        7, NAME, 25,
+    )  # fmt: skip
+    peer = {
+        "persistent_keepalive": 25, "public_key": KEY_B64, "preshared_key": KEY_B64, "ipv4": str(V4), "ipv6": str(V6),
+    }  # fmt: skip
+    assert gateway.TO_GATEWAY.build(order) == (
+        "request_connection",
+        {
+            "ref": "ref", "resource": resource, "expires_at": 7,
+            "client": {"id": ID[1], "payload": {"ice_parameters": ice, "domain": domain}, "peer": peer},
+        },
+    )  # fmt: skip
+    access = gateway.AllowAccess("ref", ID[1], V4, V6, t.DnsResource(ID[3], "*.example.com", "web"), 7)
+    assert gateway.TO_GATEWAY.build(access) == (
+        "allow_access",
+        {
+            "ref": "ref", "client_id": ID[1], "client_ipv4": str(V4), "client_ipv6": str(V6), "resource": resource,
+            "expires_at": 7, "payload": None,
+        },
+    )  # fmt: skip
+    accepted = {"ConnectionAccepted": {"ice_parameters": ice}}
+    ready = gateway.TO_PORTAL.build(gateway.ConnectionReady("ref", CREDENTIALS))
+    assert ready == ("connection_ready", {"ref": "ref", "gateway_payload": accepted})
+    reply = client_legacy.ConnectionAccepted(ID[3], KEY, CREDENTIALS)
+    assert client_legacy.write_reply(reply) == {
+        "resource_id": ID[3], "persistent_keepalive": 25, "gateway_public_key": KEY_B64, "gateway_payload": accepted,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        client_legacy.ConnectionPrepared(ID[3], ID[4], ID[2], "192.0.2.1"),
+        client_legacy.ConnectionAccepted(ID[3], KEY, CREDENTIALS, 25),
+    ],
+)
+def test_replies_are_read_back(reply: client_legacy.Reply) -> None:
+    assert client_legacy.read_reply(json.loads(json.dumps(client_legacy.write_reply(reply)))) == reply
+    assert "p" * 22 not in repr(reply)
+
+
+def test_the_domain_of_an_old_client_may_be_missing() -> None:
+    event, payload = client_wire.TO_PORTAL.build(client_legacy.RequestConnection(ID[2], ID[3], CREDENTIALS, KEY))
+    del payload["client_payload"]["domain"]
+    assert client_wire.TO_PORTAL.parse(event, payload).domain is None
 
 
 def init(**changes: Any) -> Any:
