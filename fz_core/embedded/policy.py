@@ -107,6 +107,7 @@ class Policy:
     search_domain: str | None = None
     relay_tokens: frozenset[str] = field(default=frozenset(), repr=False)
     allow_iceless: bool = False
+    old_clients: bool = False
 
     @property
     def account_id(self) -> str:

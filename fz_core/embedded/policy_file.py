@@ -77,6 +77,7 @@ class _Reader:
         policy = Policy(
             self._text(tables, "account", ("", 0)) or "default", sites, gateways, clients, resources, rules,
             servers, doh, search, self._relay_tokens(tables), self._flag(tables, "iceless", ("", 0)),
+            self._flag(tables, "old_clients", ("", 0)),
         )  # fmt: skip
         self._check_ids(policy)
         if self._errors:
@@ -327,7 +328,10 @@ class _Reader:
 
 
 Place = tuple[str, int]
-TOP_KEYS = ("account", "groups", "iceless", "dns", "relay", "sites", "gateways", "clients", "resources", "policies")
+TOP_KEYS = (
+    "account", "groups", "iceless", "old_clients", "dns", "relay", "sites", "gateways", "clients", "resources",
+    "policies",
+)  # fmt: skip
 
 
 def _unix_time(value: datetime.date | None) -> int | None:

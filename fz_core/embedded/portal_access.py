@@ -52,17 +52,18 @@ class Access:
 
     def request(self, client: Session, message: to_client.RequestAuthorization, now: float) -> None:
         """A client wants to reach a resource."""
-        rule = self._rule(client, message.resource_id)
+        rule = self.rule_for(client, message.resource_id)
         if isinstance(rule, FailReason):
             self._refuse(client, message.resource_id, rule)
             return
-        gateway = self._select(client, rule[0], message.connected_gateway_ids)
+        gateway = self.select(client, rule[0], message.connected_gateway_ids)
         if isinstance(gateway, FailReason):
             self._refuse(client, message.resource_id, gateway)
         else:
             self._ask(client, gateway, *rule, message.connected_gateway_ids, now)
 
-    def _rule(self, client: Session, resource_id: str) -> tuple[ResourceRule, AccessRule] | FailReason:
+    def rule_for(self, client: Session, resource_id: str) -> tuple[ResourceRule, AccessRule] | FailReason:
+        """What lets a client use a resource behind gateways, or why nothing does."""
         resource = self._hub.policy.resource(resource_id)
         if resource is None or resource.site is None:
             return FailReason.NOT_FOUND
@@ -70,7 +71,16 @@ class Access:
         rule = self._hub.policy.best_rule(client.account, resource)
         return FailReason.FORBIDDEN if rule is None else (resource, rule)
 
-    def _select(self, client: Session, resource: ResourceRule, connected: tuple[str, ...]) -> Session | FailReason:
+    def select(self, client: Session, resource: ResourceRule, connected: tuple[str, ...]) -> Session | FailReason:
+        """One of the gateways that may serve a client, if possible one it is connected to."""
+        fitting = self.gateways_for(client, resource)
+        if isinstance(fitting, FailReason):
+            return fitting
+        fitting = [g for g in fitting if g.peer_id in connected] or fitting
+        return fitting[self._hub.choose(len(fitting))]
+
+    def gateways_for(self, client: Session, resource: ResourceRule) -> list[Session] | FailReason:
+        """The gateways that may serve a client."""
         at_site = [
             g
             for g in self._hub.joined("gateway")
@@ -78,11 +88,9 @@ class Access:
         ]
         if not at_site:
             return FailReason.OFFLINE
-        fitting = [g for g in at_site if client.agent is not None and may_serve(g.agent, client.agent)]
-        if not fitting:
-            return FailReason.VERSION_MISMATCH
-        fitting = [g for g in fitting if g.peer_id in connected] or fitting
-        return fitting[self._hub.choose(len(fitting))]
+        agent, serve_old = client.agent, self._hub.policy.old_clients
+        fitting = [g for g in at_site if agent is not None and may_serve(g.agent, agent, serve_old=serve_old)]
+        return fitting or FailReason.VERSION_MISMATCH
 
     def _ask(
         self, client: Session, gateway: Session, resource: ResourceRule, rule: AccessRule,

@@ -18,9 +18,11 @@ from fz_core.embedded.portal_access import Access
 from fz_core.embedded.portal_changes import apply_policy
 from fz_core.embedded.portal_devices import DevicePools
 from fz_core.embedded.portal_hub import FROM_PEER, Close, Hub, Output, Send, log
+from fz_core.embedded.portal_legacy import OldClients
 from fz_core.embedded.portal_session import Knock, Refusal, Session, admit, external_id_of
 from fz_core.embedded.store import Store, StoreFull
 from fz_core.portal import client as to_client
+from fz_core.portal import client_legacy
 from fz_core.portal import gateway as to_gateway
 from fz_core.portal import relay as to_relay
 from fz_core.portal.codec import ParseFailure
@@ -53,6 +55,7 @@ class PortalState:
         self._hub = Hub(policy, store, unix_epoch, random_bytes)
         self._access = Access(self._hub)
         self._pools = DevicePools(self._hub, self._access)
+        self._old_clients = OldClients(self._hub, self._access)
         self._max_sessions, self._last_id = max_sessions, 0
         self._hub.timers.set(("sweep",), now + SWEEP_INTERVAL)
         for grant in store.grants():
@@ -95,6 +98,7 @@ class PortalState:
         hub.add(session)
         if replaced is not None:
             self._access.handle_gone(replaced, now)
+            self._old_clients.handle_gone(replaced)
         if isinstance(session.account, ClientAccount) and session.account.expires_at is not None:
             hub.timers.set(("token", str(session.id)), hub.monotonic(session.account.expires_at))
         return session.id
@@ -146,6 +150,8 @@ class PortalState:
                     self._announce_relays()
                 case ("pending", ref):
                     self._access.handle_unanswered(ref)
+                case ("waiting", ref):
+                    self._old_clients.handle_unanswered(ref)
                 case ("token", session_id):
                     self._expire_token(int(session_id), now)
                 case ("grant", client_id, resource_id, receiver_id):
@@ -256,8 +262,9 @@ class PortalState:
             case to_client.NoRelays():
                 self._hub.send(session, to_client.RelaysPresence((), self._hub.relays_for(session)))
             case to_gateway.AuthorizationCreated(ref):
-                known = self._access.confirm(session, ref, now)
-                self._hub.reply(session, frame, "ok" if known else "error", {} if known else {"reason": "invalid_ref"})
+                self._acknowledge(session, frame, self._access.confirm(session, ref, now))
+            case to_gateway.ConnectionReady(ref, credentials):
+                self._acknowledge(session, frame, self._old_clients.confirm(session, ref, credentials))
             case to_gateway.BroadcastIceCandidates(client_ids, candidates):
                 self._to_clients(session, client_ids, to_client.GatewayIceCandidates, candidates)
             case to_gateway.BroadcastInvalidatedIceCandidates(client_ids, candidates):
@@ -266,12 +273,28 @@ class PortalState:
                 self._to_gateway(gateway_id, to_gateway.IceCandidates(session.peer_id, candidates))
             case to_client.WithdrawGatewayIceCandidates(gateway_id, candidates):
                 self._to_gateway(gateway_id, to_gateway.InvalidateIceCandidates(session.peer_id, candidates))
+            case to_client.BroadcastIceCandidates(gateway_ids, candidates):
+                for gateway_id in gateway_ids:
+                    self._to_gateway(gateway_id, to_gateway.IceCandidates(session.peer_id, candidates))
+            case to_client.BroadcastInvalidatedIceCandidates(gateway_ids, candidates):
+                for gateway_id in gateway_ids:
+                    self._to_gateway(gateway_id, to_gateway.InvalidateIceCandidates(session.peer_id, candidates))
+            case (
+                client_legacy.PrepareConnection() | client_legacy.RequestConnection() | client_legacy.ReuseConnection()
+            ):
+                self._old_clients.handle(session, message, frame, now)
             case to_client.RequestAuthorization() if self._pools.is_for_device(message):
                 self._pools.request(session, message, now)
             case to_client.RequestAuthorization():
                 self._access.request(session, message, now)
             case _:
                 self._pools.handle(session, message)
+
+    def _acknowledge(self, session: Session, frame: Frame, is_known: bool) -> None:
+        if is_known:
+            self._hub.reply(session, frame, "ok")
+        else:
+            self._hub.reply(session, frame, "error", {"reason": "invalid_ref"})
 
     def _to_clients(
         self, session: Session, client_ids: tuple[str, ...], kind: Any, candidates: tuple[str, ...]
@@ -304,6 +327,7 @@ class PortalState:
             self._hub.timers.set(("presence",), now + PRESENCE_DELAY)
         else:
             self._access.handle_gone(session, now)
+            self._old_clients.handle_gone(session)
 
     def _expire_token(self, session_id: int, now: float) -> None:
         session = self._hub.sessions.get(session_id)

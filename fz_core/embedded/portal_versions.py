@@ -68,9 +68,17 @@ def understands(agent: Agent, feature: dict[str, Version]) -> bool:
     return agent.version is not None and agent.version >= feature[agent.kind]
 
 
-def may_serve(gateway: Agent | None, client: Agent) -> bool:
-    """Whether a gateway is at most one minor version away from a client."""
+LAST_OLD_MINOR = (1, 3)
+
+
+def may_serve(gateway: Agent | None, client: Agent, *, serve_old: bool = False) -> bool:
+    """Whether a gateway is at most one minor version away from a client.
+
+    `serve_old`: all gateways know the scheme of clients before 1.4, whatever version they say they are.
+    """
     if gateway is None or gateway.version is None or client.version is None:
         return False
     major, minor, _ = client.version
+    if serve_old and (major, minor) <= LAST_OLD_MINOR:
+        return True
     return (major, minor - 1, 0) <= gateway.version < (major, minor + 2, 0)
