@@ -135,6 +135,11 @@ class Policy:
         """A resource by id."""
         return next((r for r in self.resources.values() if r.id == resource_id), None)
 
+    def pool_owners(self, pool: ResourceRule) -> tuple[str, ...]:
+        """Ids of the clients whose devices belong to a pool; a dynamic one has everybody's."""
+        names = pool.devices if pool.kind == "static_device_pool" else self.clients
+        return tuple(self.clients[name].id for name in names if name in self.clients)
+
     def best_rule(self, client: ClientAccount, resource: ResourceRule) -> AccessRule | None:
         """Of the rules that allow it the one that lasts longest."""
         rules = [r for r in self.rules_of(client) if r.resource == resource.name]

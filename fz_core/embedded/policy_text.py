@@ -16,6 +16,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "static_device_pool": ("devices", "filters"),
     "dynamic_device_pool": ("address",),
 }
+PLAIN_LABEL = re.compile(r"[a-z0-9_-]{1,63}", re.IGNORECASE)
 LABEL = re.compile(r"[a-z0-9_*?-]{1,63}", re.IGNORECASE)
 FILTER = re.compile(r"(tcp|udp)(?:/(\d{1,5})(?:-(\d{1,5}))?)?")
 
@@ -24,9 +25,17 @@ def read_address(kind: str, text: str | None) -> str | Network:
     """A name pattern, or a network without host bits and outside the reserved ranges."""
     if not text:
         raise ValueError("the address is missing")
-    if kind in ("dns", "dynamic_device_pool"):
-        if not all(LABEL.fullmatch(label) for label in text.split(".")):
-            raise ValueError(f"address {text!r} is no name, write for example app.example.com or *.example.com")
+    if kind == "dynamic_device_pool":
+        star, *suffix = text.split(".")
+        if star != "*" or not suffix or not all(PLAIN_LABEL.fullmatch(label) for label in suffix):
+            raise ValueError(f"address {text!r} does not say where device names go, write for example *.devices.corp")
+        return text
+    if kind == "dns":
+        for label in text.split("."):
+            if not LABEL.fullmatch(label):
+                raise ValueError(f"address {text!r} is no name, write for example app.example.com or *.example.com")
+            if "**" in label and label != "**":
+                raise ValueError(f"address {text!r} mixes ** with other characters, ** stands for whole labels")
         return text
     try:
         network = ip_network(text)

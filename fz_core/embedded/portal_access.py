@@ -46,7 +46,7 @@ class Access:
         self._hub = hub
         self._pending: dict[str, Pending] = {}
         self._ingest_key = hub.random_bytes(32)
-        self._gateway_keys: dict[str, str] = {}
+        self._receiver_keys: dict[str, str] = {}
 
     # requests
 
@@ -195,7 +195,7 @@ class Access:
             self._hub.timers.set(("grant", grant.client_id, grant.resource_id, grant.receiver_id), at)
 
     def handle_expired(self, client_id: str, resource_id: str, receiver_id: str, now: float) -> None:
-        """Have the client ask again: it does not notice by itself that the gateway dropped the grant.
+        """Have the client ask again: it does not notice by itself that the receiver dropped the grant.
 
         Not for the internet resource, which a client does not switch on again after a removal.
         """
@@ -209,23 +209,26 @@ class Access:
             hub.store.remove_grant(grant)
             self._have_ask_again(client_id, resource_id)
 
-    def handle_gateway_joined(self, gateway: Session) -> None:
-        """A gateway with a new key has started anew and knows no grant: its clients need not find out by time-out."""
-        hub, known = self._hub, self._gateway_keys.pop(gateway.peer_id, gateway.public_key)
-        self._gateway_keys[gateway.peer_id] = gateway.public_key
-        if len(self._gateway_keys) > MAX_KNOWN_KEYS:
-            del self._gateway_keys[next(iter(self._gateway_keys))]
-        if known == gateway.public_key:
+    def handle_receiver_joined(self, receiver: Session) -> None:
+        """A receiver with a new key knows no connection: those who use it need not find out by time-out."""
+        hub, known = self._hub, self._receiver_keys.pop(receiver.peer_id, receiver.public_key)
+        self._receiver_keys[receiver.peer_id] = receiver.public_key
+        if len(self._receiver_keys) > MAX_KNOWN_KEYS:
+            del self._receiver_keys[next(iter(self._receiver_keys))]
+        if known == receiver.public_key:
             return
-        for grant in hub.store.grants_at(gateway.peer_id):
-            if self._have_ask_again(grant.client_id, grant.resource_id):
+        for grant in hub.store.grants_at(receiver.peer_id):
+            if receiver.role == "client":
+                hub.store.remove_grant(grant)
+                self._deny(grant, FailReason.OFFLINE)
+            elif self._have_ask_again(grant.client_id, grant.resource_id):
                 hub.store.remove_grant(grant)
 
     def _have_ask_again(self, client_id: str, resource_id: str) -> bool:
         """Remove and add a resource at a client; False if that cannot be done."""
         hub = self._hub
         client, rule = hub.peer(client_id, "client"), hub.policy.resource(resource_id)
-        if client is None or rule is None or rule.site is None or rule.kind == "internet":
+        if client is None or rule is None or rule.kind == "internet":
             return False
         view = views.resources(hub.policy, hub.store, client).get(resource_id)
         if view is None:
@@ -233,6 +236,12 @@ class Access:
         hub.send(client, to_client.ResourceDeleted(resource_id))
         hub.send(client, to_client.ResourceCreatedOrUpdated(view))
         return True
+
+    def _deny(self, grant: Grant, reason: FailReason) -> None:
+        """Have a client close its connection to a device; with the next packet it asks again."""
+        device, client = self._hub.store.device(grant.receiver_id), self._hub.peer(grant.client_id, "client")
+        if client is not None and device is not None:
+            self._hub.send(client, to_client.ClientDeviceAccessDenied(device.ipv4, device.ipv6, reason))
 
     def revoke(self, grant: Grant) -> None:
         """Take a grant back from its receiver."""
@@ -242,9 +251,9 @@ class Access:
         receiver = hub.peer(grant.receiver_id, "gateway") or hub.peer(grant.receiver_id, "client")
         if receiver is not None:
             hub.send(receiver, to_client.RejectAccess(grant.client_id, grant.resource_id))
-        device, client = hub.store.device(grant.receiver_id), hub.peer(grant.client_id, "client")
-        if client is not None and device is not None and device.role == "client":
-            hub.send(client, to_client.ClientDeviceAccessDenied(device.ipv4, device.ipv6, FailReason.FORBIDDEN))
+        device = hub.store.device(grant.receiver_id)
+        if device is not None and device.role == "client":
+            self._deny(grant, FailReason.FORBIDDEN)
 
     def void(self, resource_id: str, client: Session) -> None:
         """Forget what a client asked for and may not have any more."""
@@ -257,10 +266,9 @@ class Access:
         account = next((c for c in hub.policy.clients.values() if device and c.id == device.owner), None)
         if resource is None or account is None or resource.fingerprint != grant.fingerprint:
             return False
-        receiver = hub.store.device(grant.receiver_id)
-        if resource.kind == "static_device_pool":
-            members = [hub.policy.clients[n].id for n in resource.devices if n in hub.policy.clients]
-            if receiver is None or receiver.owner not in members:
+        if resource.site is None:
+            receiver = hub.store.device(grant.receiver_id)
+            if receiver is None or receiver.owner not in hub.policy.pool_owners(resource):
                 return False
         rule = hub.policy.best_rule(account, resource)
         return rule is not None and grant.expires_at <= self.expires_at(account, rule, hub.unix(now))

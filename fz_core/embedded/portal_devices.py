@@ -1,6 +1,7 @@
 """Device pools: clients that may reach other clients (`spec/portal-protocol.md` §5.2, §10.2 "client to client").
 
 The target hears first; its answer is not waited for. In a dynamic pool `*.suffix` the star is the device's name.
+Only static pools make devices reachable: clients route to those listed in them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class DevicePools:
     def is_for_device(self, message: to_client.RequestAuthorization) -> bool:
         """Whether a request names a device rather than a resource behind gateways."""
         rule = self._hub.policy.resource(message.resource_id)
-        return rule is not None and rule.site is None
+        if rule is None:  # perhaps a pool that just went away
+            return message.ipv4 is not None or message.ipv6 is not None
+        return rule.site is None
 
     def request(self, client: Session, message: to_client.RequestAuthorization, now: float) -> None:
         """A client wants to reach a device of a pool."""
@@ -77,10 +80,8 @@ class DevicePools:
         return target if _fit(client, target) else FailReason.VERSION_MISMATCH
 
     def _members(self, rule: ResourceRule) -> list[Device]:
-        policy, store = self._hub.policy, self._hub.store
-        names = rule.devices if rule.kind == "static_device_pool" else tuple(policy.clients)
-        owners = (policy.clients[name].id for name in names if name in policy.clients)
-        return [device for owner in owners for device in store.devices_of(owner)]
+        store = self._hub.store
+        return [device for owner in self._hub.policy.pool_owners(rule) for device in store.devices_of(owner)]
 
     def _connect(self, client: Session, target: Session, rule: ResourceRule, now: float) -> None:
         hub = self._hub
@@ -129,7 +130,8 @@ class DevicePools:
             reason = FailReason.FORBIDDEN
         elif rule is not None and rule.kind == "dynamic_device_pool":
             suffix = str(rule.address).removeprefix("*").lower()
-            found = [d for d in self._members(rule) if d.name.lower() + suffix == domain.lower().rstrip(".")]
+            wanted = domain.lower().removesuffix(".")
+            found = [d for d in self._members(rule) if views.device_label(d.name) + suffix == wanted]
         if len(found) == 1:
             answer = to_client.DevicePoolDomainResolved(resource_id, domain, found[0].ipv4, found[0].ipv6)
             hub.send(session, answer)

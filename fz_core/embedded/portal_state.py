@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fz_core.embedded import portal_views as views
-from fz_core.embedded.policy import ClientAccount, GatewayAccount, Policy
+from fz_core.embedded.policy import ClientAccount, GatewayAccount, Policy, ResourceRule
 from fz_core.embedded.portal_access import Access
 from fz_core.embedded.portal_changes import apply_policy
 from fz_core.embedded.portal_devices import DevicePools
@@ -184,10 +184,11 @@ class PortalState:
         version = session.agent.version_text if session.agent else None
         log.info("Joined role=%s name=%s version=%s", session.role, session.name, version)
         if session.role == "client":
+            self._access.handle_receiver_joined(session)
             self._send_client_init(session, now)
             self._announce_device(session)
         elif session.role == "gateway":
-            self._access.handle_gateway_joined(session)
+            self._access.handle_receiver_joined(session)
             self._send_gateway_init(session, now)
         else:
             self._hub.send(session, to_relay.Init())
@@ -205,17 +206,19 @@ class PortalState:
 
     def _send_client_init(self, session: Session, now: float) -> None:
         assert session.device is not None
-        hub = self._hub
+        hub, grants = self._hub, self._authorizations(session, now)
         hub.send(
             session,
             to_client.Init(
                 views.interface(hub.policy, session.device),
                 tuple(views.resources(hub.policy, hub.store, session).values()),
                 hub.relays_for(session),
-                self._authorizations(session, now),
+                grants,
                 views.FLOW_LOGS,
             ),
         )
+        for rule in self._granted(grants):
+            hub.send(session, to_client.ResourceFiltersUpdated(rule.id, rule.filters))
 
     def _announce_device(self, session: Session) -> None:
         """A pool this device belongs to may have grown by it; to clients that know it already nothing changes."""
@@ -237,10 +240,13 @@ class PortalState:
             session,
             to_gateway.Init(addresses, hub.relays_for(session), grants, hub.policy.account, views.FLOW_LOGS),
         )
-        for resource_id in dict.fromkeys(g.resource_id for g in grants):
-            rule = hub.policy.resource(resource_id)
-            if rule is not None:  # its filters may have changed while the gateway was away
-                hub.send(session, to_gateway.ResourceUpdated(views.gateway_resource(rule)))
+        for rule in self._granted(grants):
+            hub.send(session, to_gateway.ResourceUpdated(views.gateway_resource(rule)))
+
+    def _granted(self, grants: tuple[Authorization, ...]) -> list[ResourceRule]:
+        """What a receiver serves; filters may have changed while it was away, and `init` does not tell."""
+        rules = (self._hub.policy.resource(i) for i in dict.fromkeys(g.resource_id for g in grants))
+        return [rule for rule in rules if rule is not None]
 
     def _authorizations(self, session: Session, now: float) -> tuple[Authorization, ...]:
         return tuple(

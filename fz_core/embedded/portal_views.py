@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from ipaddress import ip_network
 from typing import Any
 
@@ -55,10 +56,14 @@ def pool_devices(policy: Policy, store: Store, rule: ResourceRule) -> tuple[t.Po
     """The devices of the clients a static pool names."""
     return tuple(
         t.PoolDevice(d.id, ip_network(f"{d.ipv4}/32"), ip_network(f"{d.ipv6}/128"))
-        for name in rule.devices
-        if name in policy.clients
-        for d in store.devices_of(policy.clients[name].id)
+        for owner in policy.pool_owners(rule)
+        for d in store.devices_of(owner)
     )
+
+
+def device_label(name: str) -> str:
+    """What a device of this name is called in a dynamic pool: one label."""
+    return re.sub("[^a-z0-9_-]", "-", name.lower())
 
 
 def gateway_resource(rule: ResourceRule) -> gateway.GatewayResource:

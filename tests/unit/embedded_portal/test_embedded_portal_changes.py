@@ -190,22 +190,3 @@ def test_a_token_that_gets_an_end_ends(scene: Scene, tmp_path: Path) -> None:
     assert gateway.take("reject_access") == [reject]
     world.advance(30.0)
     assert client.is_closed
-
-
-def test_a_device_that_leaves_a_pool_is_denied_to_both(tmp_path: Path) -> None:
-    world = World(policy_of(tmp_path))
-    bob = world.client(token="client-token-bob-001", params={"external_id": "b"})
-    alice = world.client()
-    (pool,) = [r for r in alice.init["resources"] if r["type"] == "static_device_pool"]
-    address = pool["devices"][0]["ipv4"].removesuffix("/32")
-    alice.send(
-        "request_authorization",
-        {"resource_id": world.resource("pool"), "connected_gateway_ids": [], "ipv4": address},
-    )
-    alice.inbox.clear()
-    bob.inbox.clear()
-    change(world, tmp_path, ('devices = ["bob"]', "devices = []"))
-    assert bob.events() == ["reject_access"]
-    assert alice.take("client_device_access_denied")[0]["reason"] == "forbidden"
-    (updated,) = alice.take("resource_created_or_updated")
-    assert updated["devices"] == []
