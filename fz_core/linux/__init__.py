@@ -1,6 +1,7 @@
 """What touches this machine's kernel and files; knows nothing of policy (floor 5)."""
 
 from fz_core.linux.device_id import device_id
+from fz_core.linux.dns_control import DnsControl, make_dns_control, parse_resolv_conf
 from fz_core.linux.errors import HostError
 from fz_core.linux.link_scope import DEBOUNCE, NetworkMonitor
 from fz_core.linux.marks import MARK, MarkError, set_mark
@@ -15,6 +16,7 @@ __all__ = [
     "DEBOUNCE",
     "MARK",
     "PREFERRED_PORT",
+    "DnsControl",
     "HostError",
     "Interface",
     "MarkError",
@@ -27,7 +29,9 @@ __all__ = [
     "device_id",
     "forbid_core_dumps",
     "has_net_admin",
+    "make_dns_control",
     "os_version",
+    "parse_resolv_conf",
     "raise_socket_buffers",
     "read_smbios",
     "read_token_file",
