@@ -4,11 +4,13 @@ from fz_core.packet.address import Address, Transmit
 from fz_core.packet.build import build_control, build_echo, build_icmp, build_ip, build_tcp, build_udp
 from fz_core.packet.checksum import checksum, ones_complement_sum, update_checksum
 from fz_core.packet.drops import DropCounter, DropReason
+from fz_core.packet.families import TooBig, growth_limit, to_family, translate_error
 from fz_core.packet.icmp import (
     IcmpClass,
     IcmpError,
     IcmpErrorKind,
     build_icmp_prohibited,
+    build_icmp_too_big,
     build_icmp_unreachable,
     classify_icmp,
     parse_icmp_error,
@@ -23,19 +25,24 @@ __all__ = [
     "IcmpError",
     "IcmpErrorKind",
     "Packet",
+    "TooBig",
     "Transmit",
     "build_control",
     "build_echo",
     "build_icmp",
     "build_icmp_prohibited",
+    "build_icmp_too_big",
     "build_icmp_unreachable",
     "build_ip",
     "build_tcp",
     "build_udp",
     "checksum",
     "classify_icmp",
+    "growth_limit",
     "ones_complement_sum",
     "parse_icmp_error",
+    "to_family",
+    "translate_error",
     "update_checksum",
     "verify_checksums",
 ]

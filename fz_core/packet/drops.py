@@ -51,6 +51,9 @@ class DropReason(StrEnum):
     FILTERED = "filtered"
     UNMAPPED_SENTINEL = "unmapped_sentinel"
     BAD_CONTROL = "bad_control"
+    MALFORMED_DNS = "malformed_dns"
+    DNS_BUSY = "dns_busy"
+    NAT_EXHAUSTED = "nat_exhausted"
     # sending
     NOT_CONNECTED = "not_connected"
     NO_CHANNEL = "no_channel"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from struct import unpack_from
+from struct import pack, unpack_from
 
 from fz_core.packet.build import build_icmp
 from fz_core.packet.checksum import update_checksum
@@ -96,6 +96,14 @@ def build_icmp_unreachable(packet: Packet) -> Packet:
     return answer(packet, 3, 0) if packet.version == 4 else answer(packet, 1, 3)
 
 
+def build_icmp_too_big(packet: Packet, mtu: int) -> Packet:
+    """Tell the sender of `packet` that at most `mtu` bytes pass: "fragmentation needed" or "packet too big"."""
+    if not 68 <= mtu <= 0xFFFF:
+        raise ValueError(f"MTU {mtu} is out of range, use 68 to 65535")
+    icmp_type, icmp_code = (3, 4) if packet.version == 4 else (2, 0)
+    return answer(packet, icmp_type, icmp_code, pack("!I", mtu))
+
+
 def parse_icmp_error(packet: Packet) -> IcmpError | DropReason | None:
     """The error in `packet`; None if it is not ICMP or an echo; MALFORMED_PACKET for everything else."""
     if packet.icmp_type < 0 or packet.is_echo:
@@ -129,9 +137,9 @@ def parse_icmp_error(packet: Packet) -> IcmpError | DropReason | None:
     )
 
 
-def answer(packet: Packet, icmp_type: int, icmp_code: int) -> Packet:
+def answer(packet: Packet, icmp_type: int, icmp_code: int, second_word: bytes = bytes(4)) -> Packet:
     quoted = packet.l4_offset + 8 if packet.version == 4 else MAX_V6_QUOTE
-    rest = bytes(4) + packet.data[:quoted]
+    rest = second_word + packet.data[:quoted]
     return build_icmp(packet.dst, packet.src, icmp_type, icmp_code, rest, ttl=ERROR_TTL)
 
 
