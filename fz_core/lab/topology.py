@@ -32,8 +32,10 @@ from fz_core.lab.processes import LabError, Process, run
 BRIDGE = "internet"
 INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
 CLONE_NEWNET = 0x40000000
-NETNS_FOLDER, ETC_FOLDER = Path("/run/netns"), Path("/etc/netns")
+NETNS_FOLDER, ETC_FOLDER = Path("/run/netns"), Path("/run/fz-lab")
 _numbers = itertools.count()
+REAL_ETC = ".real"
+MOUNT_ETC = f'mount -o bind,ro /etc "$0/{REAL_ETC}" && mount --rbind "$0" /etc && exec "$@"'
 NAT_FLAVOURS = ("none", "cone", "symmetric")
 SYSCTLS = (
     "net.ipv6.conf.all.disable_ipv6=0",
@@ -72,14 +74,18 @@ class Namespace:
 
     def run(self, *command: str, check: bool = True, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run a program to its end."""
-        return run(["ip", "netns", "exec", self.netns, *command], check=check, timeout=timeout)
+        return run([*self._enter(), *command], check=check, timeout=timeout)
 
     def spawn(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Process:
         """Start a program; it is ended with the lab."""
         log = self.lab.folder / f"{name}.log"
-        process = Process(name, ["ip", "netns", "exec", self.netns, *command], env, log)
+        process = Process(name, [*self._enter(), *command], env, log)
         self.lab.processes.append(process)
         return process
+
+    def _enter(self) -> list[str]:
+        """What goes before a command to run it in this namespace."""
+        return ["ip", "netns", "exec", self.netns]
 
     def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_DGRAM) -> socket.socket:
         """A socket of this namespace, usable from ours."""
@@ -124,10 +130,40 @@ class Host(Namespace):
     device = "eth0"
 
     def write_etc(self, name: str, text: str) -> None:
-        """Give programs in this namespace their own /etc/<name>."""
-        folder = ETC_FOLDER / self.netns
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        """Write /etc/<name> of this machine.
+
+        From the first time on it has an /etc of its own. Programs started since then all see the same one and may
+        change it as they like, replace files, leave others beside them; the real one stays untouched. Only the
+        folders in it are the real ones, read-only.
+        """
+        if not self._etc.exists():
+            self._make_etc()
+        path = self._etc / name
+        if path.is_symlink():
+            path.unlink()
+        path.write_text(text)
+
+    def read_etc(self, name: str) -> str:
+        """/etc/<name> as the machine's programs see it."""
+        return (self._etc / name).read_text()
+
+    @property
+    def _etc(self) -> Path:
+        return ETC_FOLDER / self.netns
+
+    def _make_etc(self) -> None:
+        """Copies of the real files, links to the real folders."""
+        (self._etc / REAL_ETC).mkdir(parents=True)
+        for entry in Path("/etc").iterdir():
+            if entry.is_symlink() or entry.is_file():
+                shutil.copy2(entry, self._etc / entry.name, follow_symlinks=False)
+            elif entry.is_dir():
+                (self._etc / entry.name).symlink_to(f"{REAL_ETC}/{entry.name}")
+
+    def _enter(self) -> list[str]:
+        """`ip netns exec` gives every program a mount namespace of its own, so mounts need no undoing."""
+        outside = super()._enter()
+        return [*outside, "sh", "-c", MOUNT_ETC, str(self._etc)] if self._etc.exists() else outside
 
 
 class Router(Namespace):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,9 +14,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import dns.message
 import pytest
 
 from fz_core.lab import Host, Lab, LabError, Process
+from fz_core.lab.certificates import Authority
+from fz_core.lab.names import Answer, dig, start_names
+from fz_core.lab.servers import start_doh, start_echo, start_iperf
 from fz_core.lab.webserver import document_digest
 
 pytestmark = pytest.mark.root
@@ -172,6 +178,107 @@ def test_programs_see_their_own_etc(lab: Lab) -> None:
     assert Path("/etc/hosts").read_text() == before
 
 
+def test_programs_of_a_machine_share_an_etc_they_may_change(lab: Lab) -> None:
+    before, listed = Path("/etc/resolv.conf").read_text(), sorted(Path("/etc").iterdir())
+    first, second = lab.public_host("first", 10), lab.public_host("second", 11)
+    for host in (first, second):
+        host.write_etc("resolv.conf", "nameserver 192.0.2.1\n")
+    watcher = first.spawn("watcher", ["sh", "-c", "echo ready; read x < $0; cat /etc/resolv.conf", lab_fifo(lab)])
+    watcher.wait_for_line("ready")
+    first.run("sh", "-c", "echo nameserver 192.0.2.2 > /etc/resolv.conf")  # in place
+    assert first.read_etc("resolv.conf") == "nameserver 192.0.2.2\n"
+    # as an atomic replacement does it, with the old file kept beside the new
+    first.run(
+        "sh", "-c", "cp /etc/resolv.conf /etc/resolv.conf.old; echo new > /etc/next; mv /etc/next /etc/resolv.conf"
+    )
+    Path(lab_fifo(lab)).write_text("go\n")
+    assert watcher.wait_for_line("new") == "new"
+    assert first.run("cat", "/etc/resolv.conf", "/etc/resolv.conf.old").stdout == "new\nnameserver 192.0.2.2\n"
+    assert second.run("cat", "/etc/resolv.conf").stdout == "nameserver 192.0.2.1\n"
+    first.write_etc("resolv.conf", "nameserver 192.0.2.3\n")
+    assert first.run("cat", "/etc/resolv.conf").stdout == "nameserver 192.0.2.3\n"
+    assert first.run("touch", "/etc/ssl/lab-was-here", check=False).returncode != 0
+    assert (Path("/etc/resolv.conf").read_text(), sorted(Path("/etc").iterdir())) == (before, listed)
+
+
+@pytest.mark.peer("unbound", "unbound-control", "dig")
+def test_names_are_resolved_and_change_at_run_time(lab: Lab) -> None:
+    server, laptop = lab.public_host("server", 10), lab.public_host("laptop", 11)
+    laptop.write_etc("resolv.conf", "nameserver 203.0.113.10\n")
+    records = ["app 60 A 10.20.0.80", "app 60 A 10.20.0.81", "app 60 AAAA fd20::80", "www 30 CNAME app.example.com."]
+    big = "big 60 TXT " + " ".join(f'"{n:0200d}"' for n in range(20))
+    names = start_names(
+        server, {"example.com": [*records, big], "20.10.in-addr.arpa": ["80.0 60 PTR app.example.com."]}
+    )
+    assert names.addresses == ("203.0.113.10", "203:0:113::10")
+    assert sorted(dig(laptop, "app.example.com").records) == ["10.20.0.80", "10.20.0.81"]
+    assert dig(laptop, "app.example.com", "AAAA", server=names.addresses[1], tcp=True).records == ("fd20::80",)
+    alias = dig(laptop, "www.example.com")
+    assert (alias.status, alias.ttl, alias.records[0]) == ("NOERROR", 30, "app.example.com.")
+    assert dig(laptop, "80.0.20.10.in-addr.arpa", "PTR").records == ("app.example.com.",)
+    assert len(dig(laptop, "big.example.com", "TXT").records[0]) > 4000  # too much for a datagram
+    for name in ("nothing.example.com", "unknown.test"):
+        assert dig(laptop, name) == Answer("NXDOMAIN", ())
+    assert dig(laptop, "app.example.com", "MX") == Answer("NOERROR", ())
+    names.set_zone("example.com", ["app 60 A 10.20.0.99"])
+    assert dig(laptop, "app.example.com") == Answer("NOERROR", ("10.20.0.99",), 60)
+    assert dig(laptop, "www.example.com").status == "NXDOMAIN"
+    assert names.queries()[0] == ("app.example.com", "A")
+    assert ("app.example.com", "MX") in names.queries()
+    names.process.stop()
+    with pytest.raises(LabError, match=r"dig app\.example\.com"):
+        dig(laptop, "app.example.com", timeout=1)
+
+
+@pytest.mark.peer("unbound", "unbound-control", "dig", "openssl", "curl")
+def test_names_come_over_https_to_those_who_trust_the_authority(lab: Lab) -> None:
+    server, laptop = lab.public_host("server", 10), lab.public_host("laptop", 11)
+    start_names(server, {"example.com": ["app 60 A 10.20.0.80"]})
+    authority = Authority(lab.folder)
+    doh = start_doh(server, authority, "doh.test", "203.0.113.10")
+    laptop.write_etc("hosts", "203.0.113.10 doh.test\n")
+    wanted = dns.message.make_query("app.example.com", "A", id=0)
+    (lab.folder / "query").write_bytes(wanted.to_wire())
+    encoded = base64.urlsafe_b64encode(wanted.to_wire()).decode().rstrip("=")
+    post = ["--data-binary", f"@{lab.folder / 'query'}", "-H", "Content-Type: application/dns-message"]
+    trust = ["--cacert", str(authority.certificate), "-sS", "-f", "-o", str(lab.folder / "reply")]
+    for method, arguments in (("POST", [*post, URL]), ("GET", [f"{URL}?dns={encoded}"])):
+        laptop.run("curl", *trust, *arguments)
+        reply = dns.message.from_wire((lab.folder / "reply").read_bytes())
+        assert [rrset.to_text().split()[-1] for rrset in reply.answer] == ["10.20.0.80"]
+        assert doh.wait_for_line(f"answered {method}")
+    laptop.run("curl", *trust, *post, URL.replace("doh.test", "203.0.113.10"))
+    for arguments in ([URL], [f"{URL}?dns=!"], ["--data", "x", URL], [*post, URL + "/other"]):
+        assert laptop.run("curl", *trust, *arguments, check=False).returncode == 22
+    stranger = laptop.run("curl", "-sS", "-f", *post, URL, check=False)
+    assert stranger.returncode == 60
+    assert doh.is_running
+
+
+@FAMILIES
+def test_echo_servers_say_who_came(lab: Lab, family: int) -> None:
+    server = lab.public_host("server", 10)
+    laptop = lab.host("laptop", lab.router("home", 30))
+    echo = start_echo(server)
+    target = server.ipv4 if family == socket.AF_INET else server.ipv6
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with laptop.socket(family, kind) as sock:
+            sock.settimeout(10)
+            sock.connect((target, 7))
+            sock.send(b"there")
+            assert receive(sock) == b"there"
+    outside = "203.0.113.30" if family == socket.AF_INET else "203:0:113::30"
+    assert {f"udp peer {outside}", f"tcp peer {outside}"} <= set(echo.output.splitlines())
+
+
+@pytest.mark.peer("iperf3")
+def test_iperf_serves_more_than_once(lab: Lab) -> None:
+    server, laptop = lab.public_host("server", 10), lab.public_host("laptop", 11)
+    start_iperf(server)
+    for _ in range(2):
+        assert "receiver" in laptop.run("iperf3", "-c", "203.0.113.10", "-n", "1M").stdout
+
+
 def test_lines_and_ends_of_programs(lab: Lab) -> None:
     host = lab.public_host("host", 10)
     process = host.spawn("talker", ["sh", "-c", "echo ready $WORD; exec sleep 1000"], {"WORD": "now"})
@@ -227,7 +334,16 @@ def test_the_next_lab_removes_what_a_killed_one_left() -> None:
 
 # helpers
 
+URL = "https://doh.test/dns-query"
 STARTED: list[Process] = []
+
+
+def lab_fifo(lab: Lab) -> str:
+    """A pipe to let a program go on."""
+    path = lab.folder / "go"
+    if not path.exists():
+        os.mkfifo(path)
+    return str(path)
 
 
 def fail_in(lab: Lab) -> None:
