@@ -189,7 +189,7 @@ def _header(query: Query, rcode: int, answers: int) -> bytes:
 
 
 def _to_wire(rdtype: int, text: str) -> bytes:
-    rdata = dns.rdata.from_text(RdataClass.IN, RdataType(rdtype), text, origin=dns.name.root)
+    rdata = dns.rdata.from_text(RdataClass.IN, RdataType(rdtype), text, origin=dns.name.root, relativize=False)
     return rdata.to_wire() or b""
 
 
