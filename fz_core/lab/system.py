@@ -1,5 +1,13 @@
 """A whole system in a lab: portal, relays, gateways with a web server behind them, clients.
 
+    system = System(lab)
+    system.resources["app"] = policy.dns("*.example.com", "tcp/80")
+    system.allowed.add("app")
+    system.start_portal()
+    system.start_relay(0)
+    system.add_gateway("gateway", 31, zones={"example.com": ["app 60 A 10.20.0.80"]})
+    system.add_client("client", 30, dns_control="etc-resolv-conf")
+
 Every program may be ours or another one with the same command line, so that mixes can be tried.
 """
 
@@ -15,12 +23,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fz_core.lab.names import NameServer, Zones, start_names
+from fz_core.lab.policy import ResourceSpec, Rules
 from fz_core.lab.processes import LabError, Process
+from fz_core.lab.servers import start_web
 from fz_core.lab.topology import Host, Lab, Router
 from fz_core.lab.webserver import document_digest
 
 PORTAL_PORT = 8081
 ROUTE_TABLE = str(0x2021FD00)
+NOBODY = "127.0.0.53"  # a name server that is not there, unless the machine runs one
+ACCOUNT = "tester"
+CLIENT = "client of "
 RESOURCE_NET, RESOURCE_NET6 = "10.20.0.0/24", "fd20::/64"
 QUIET = {"FIREZONE_NO_TELEMETRY": "true", "RUST_LOG": "info", "PYTHONUNBUFFERED": "1"}
 
@@ -71,7 +85,7 @@ class Fetch:
 
 @dataclass
 class Member:
-    """A gateway or client: its machine and its program."""
+    """A gateway or client: its machine and its program. Behind a gateway a `server`, perhaps with `names`."""
 
     name: str
     host: Host
@@ -81,21 +95,32 @@ class Member:
     command: tuple[str, ...]
     runs: int = 1
     logs: list[Path] = field(default_factory=list)
+    server: Host | None = None
+    names: NameServer | None = None
 
 
 class System:
-    """Builds everything inside a lab, one part at a time or all at once with `start`."""
+    """Builds everything inside a lab, one part at a time or all at once with `start`.
+
+    What the portal allows are attributes, read by `start_portal` and `reload_policy`: `resources` by name (a text is a
+    network), `allowed` to everybody, `allowed_to` one account each, lifetimes, and DNS (IP addresses and https URLs).
+    """
 
     def __init__(self, lab: Lab, programs: Programs | None = None, shape: Shape | None = None) -> None:
         self.lab, self.programs, self.shape = lab, programs or Programs(), shape or Shape()
         self.gateways: list[Member] = []
         self.clients: list[Member] = []
         self.relays: list[Process] = []
-        self._tokens = {name: secrets.token_hex(20) for name in ("gateway", "client", "relay")}
+        self._tokens = {name: secrets.token_hex(20) for name in ("gateway", "relay", CLIENT + ACCOUNT)}
         self._policy = lab.folder / "policy.toml"
-        self.resources = {"net": RESOURCE_NET, "net6": RESOURCE_NET6}
+        self.resources: dict[str, str | ResourceSpec] = {"net": RESOURCE_NET, "net6": RESOURCE_NET6}
         self.allowed = {"net", "net6"}
+        self.allowed_to: dict[str, set[str]] = {}
         self.expires_in: int | None = None
+        self.dns_servers: list[str] = []
+        self.doh_servers: list[str] = []
+        self.search_domain: str | None = None
+        self.old_clients = False
 
     def start(self) -> None:
         """One gateway and one client, ready to talk."""
@@ -134,27 +159,36 @@ class System:
         self._until(lambda: self.portal_host.run("curl", "-sf", url, check=False).returncode == 0, "the portal")
 
     def reload_policy(self) -> None:
-        """Make the portal read the policy anew."""
+        """Make the portal read the policy anew; LabError if it refuses."""
         self.write_policy()
+        verdict = "The new policy is"
+        before = self.portal.output.count(verdict)
         self.portal.send_signal(signal.SIGHUP)
+        self._until(lambda: self.portal.output.count(verdict) > before, "the new policy", self.portal)
+        if "is refused" in self.portal.output.rpartition(verdict)[2]:
+            raise LabError(f"the portal refuses the policy:\n{self.portal.tail()}")
 
     def write_policy(self) -> None:
         """The policy file, from what this object allows."""
-        resources = "".join(
-            f'[[resources]]\nname = "{name}"\ntype = "cidr"\naddress = "{address}"\nsite = "lab"\n'
-            for name, address in self.resources.items()
+        accounts = {name.removeprefix(CLIENT): t for name, t in self._tokens.items() if name.startswith(CLIENT)}
+        everybody = {"everyone": sorted(self.allowed)}
+        rules = Rules(
+            self._tokens["gateway"],
+            self._tokens["relay"],
+            accounts,
+            self.resources,
+            everybody | {account: sorted(names) for account, names in self.allowed_to.items()},
+            self.expires_in,
+            [*self.dns_servers, *self.doh_servers],
+            self.search_domain,
+            self.old_clients,
         )
-        limit = "" if self.expires_in is None else f"expires_in = {self.expires_in}\n"
-        policies = "".join(
-            f'[[policies]]\ngroup = "everyone"\nresource = "{name}"\n{limit}' for name in sorted(self.allowed)
-        )
-        self._policy.write_text(
-            f'account = "lab"\n[[sites]]\nname = "lab"\n'
-            f'[[gateways]]\nsite = "lab"\ntoken = "{self._tokens["gateway"]}"\n'
-            f'[[clients]]\nname = "tester"\ntoken = "{self._tokens["client"]}"\n'
-            f'[relay]\ntoken = "{self._tokens["relay"]}"\n{resources}{policies}'
-        )
-        self._policy.chmod(0o600)
+        self._policy.touch(0o600)
+        self._policy.write_text(rules.text())
+
+    def add_account(self, name: str) -> None:
+        """Another owner of clients; with the portal running, `reload_policy` makes it known."""
+        self._tokens.setdefault(CLIENT + name, secrets.token_hex(20))
 
     def start_relay(self, number: int) -> None:
         """A relay on a machine of its own."""
@@ -171,44 +205,67 @@ class System:
         probe = ("curl", "-sf", "http://127.0.0.1:8080/readyz")
         self._until(lambda: host.run(*probe, check=False).returncode == 0, f"relay {number}", relay)
 
-    def add_gateway(self, name: str, number: int) -> Member:
-        """A gateway behind a router of its own, with a web server only it can reach."""
+    def add_gateway(
+        self,
+        name: str,
+        number: int,
+        *,
+        zones: Zones | None = None,
+        nameservers: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> Member:
+        """A gateway behind a router of its own, with a web server only it can reach.
+
+        `zones` are served on the web server's machine, where the gateway then asks first.
+        """
         shape = self.shape
         router = self.lab.router(f"{name}-router", number, nat=shape.gateway_nat, families=shape.gateway_families)
         host = self.lab.host(name, router)
         server = self.lab.private_network(host, f"{name}-web", 20)
-        server.spawn(f"{name}-web", ours("fz_core.lab.webserver")).wait_for_line("serving")
-        member = self._member(name, host, router, self.programs.gateway, "gateway", shape.gateway_families)
+        start_web(server)
+        names = None if zones is None else start_names(server, {**self._portal_zone(), **zones})
+        asked = [*(names.addresses[:1] if names else ()), *nameservers]
+        variables = self._environment(name, "gateway", shape.gateway_families) | dict(env or {})
+        member = self._member(name, host, router, self.programs.gateway, shape.gateway_families, asked, variables)
+        member.server, member.names = server, names
         self.gateways.append(member)
         return member
 
-    def add_client(self, name: str, number: int) -> Member:
-        """A client behind a router of its own."""
+    def add_client(
+        self,
+        name: str,
+        number: int,
+        *,
+        dns_control: str = "disabled",
+        internet: bool = False,
+        nameservers: Sequence[str] = (),
+        account: str = ACCOUNT,
+        env: Mapping[str, str] | None = None,
+    ) -> Member:
+        """A client behind a router of its own; `nameservers` are what its machine asks without us."""
         shape = self.shape
         router = self.lab.router(f"{name}-router", number, nat=shape.client_nat, families=shape.client_families)
         host = self.lab.host(name, router)
-        command = (*self.programs.client, "--dns-control", "disabled", "standalone")
-        member = self._member(name, host, router, command, "client", shape.client_families)
+        options = ["--dns-control", dns_control, *(["--activate-internet-resource"] if internet else [])]
+        if CLIENT + account not in self._tokens:
+            self.add_account(account)
+            self.reload_policy()
+        command = (*self.programs.client, *options, "standalone")
+        variables = self._environment(name, CLIENT + account, shape.client_families) | dict(env or {})
+        member = self._member(name, host, router, command, shape.client_families, nameservers, variables)
         self.clients.append(member)
         return member
 
     def _member(
-        self, name: str, host: Host, router: Router, command: tuple[str, ...], role: str, families: tuple[int, ...]
-    ) -> Member:
+        self, name: str, host: Host, router: Router, command: tuple[str, ...], families: tuple[int, ...],
+        nameservers: Sequence[str], env: Mapping[str, str],
+    ) -> Member:  # fmt: skip
         if self.shape.delay_ms:
             for device in ("internet", "lan"):
                 router.delay(device, self.shape.delay_ms / 2)
-        env = {
-            **QUIET,
-            "FIREZONE_TOKEN": self._tokens[role],
-            "FIREZONE_API_URL": self.api_url(families),
-            "FIREZONE_ID": f"{name}-id",
-            "FIREZONE_NAME": name,
-            "FZFF_ICMP_ERROR_UNREACHABLE_PROHIBITED_CREATE_NEW_FLOW": "true",
-        }
-        host.write_etc("resolv.conf", "nameserver 127.0.0.53\n")
+        host.write_etc("resolv.conf", "".join(f"nameserver {ip}\n" for ip in nameservers or [NOBODY]))
         host.write_etc("hosts", self._hosts(families))
-        if 4 not in families:
+        if 4 not in families and not nameservers:
             # The portal is known by name there, and official gateways insist on asking a name server too.
             known = f"portal={self.portal_host.ipv6}"
             host.spawn(f"{name}-names", [*ours("fz_core.lab.resolver"), known]).wait_for_line("serving")
@@ -216,6 +273,20 @@ class System:
         member = Member(name, host, router, process, env, command, logs=[process.log])
         self.wait_until_up(member)
         return member
+
+    def _environment(self, name: str, token: str, families: tuple[int, ...]) -> dict[str, str]:
+        return {
+            **QUIET,
+            "FIREZONE_TOKEN": self._tokens[token],
+            "FIREZONE_API_URL": self.api_url(families),
+            "FIREZONE_ID": f"{name}-id",
+            "FIREZONE_NAME": name,
+            "FZFF_ICMP_ERROR_UNREACHABLE_PROHIBITED_CREATE_NEW_FLOW": "true",
+        }
+
+    def _portal_zone(self) -> Zones:
+        host = self.portal_host
+        return {"portal": [f"@ 60 A {host.ipv4}", f"@ 60 AAAA {host.ipv6}"]}
 
     def _hosts(self, families: Sequence[int]) -> str:
         lines = ["127.0.0.1 localhost"]
