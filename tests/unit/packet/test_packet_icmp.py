@@ -33,6 +33,7 @@ def error_in(packet: Packet) -> IcmpError:
     return error
 
 
+@pytest.mark.shows(4)
 @given(packets())
 def test_errors_about_any_packet_swap_addresses_and_read_back(packet: Packet) -> None:
     for build, kind in (
@@ -59,6 +60,7 @@ def test_types_and_codes_on_the_wire() -> None:
     assert build_icmp_prohibited(v6).data[48:] == v6.data
 
 
+@pytest.mark.shows(4)
 def test_a_maximal_v6_packet_is_quoted_up_to_the_mtu() -> None:
     packet = build_udp(A6, B6, 1, 2, bytes(1280 - 48))
     answer = build_icmp_unreachable(packet)
@@ -71,6 +73,7 @@ def error_packet(version: int, icmp_type: int, code: int, quote: bytes, rest: by
     return build_icmp(src, dst, icmp_type, code, rest + quote)
 
 
+@pytest.mark.shows(5)
 @pytest.mark.parametrize(
     ("version", "icmp_type", "code", "kind", "mtu"),
     [
@@ -99,6 +102,29 @@ def test_kinds_and_mtu(version: int, icmp_type: int, code: int, kind: IcmpErrorK
     same = error.translated(C4 if version == 4 else C6, src, quoted_dst=dst, quoted_src_port=5)
     same_icmp = same.data[same.l4_offset :]
     assert same_icmp == packet.data[packet.l4_offset :]
+
+
+@pytest.mark.shows(5)
+@given(st.sampled_from([(4, 3), (4, 11), (6, 1), (6, 3)]), st.integers(0, 255), st.binary(min_size=4, max_size=4))
+def test_every_code_survives_translation(family_and_type: tuple[int, int], code: int, rest: bytes) -> None:
+    version, icmp_type = family_and_type
+    src, dst = (A4, B4) if version == 4 else (A6, B6)
+    packet = error_packet(version, icmp_type, code, build_tcp(src, dst, 5, 6, 2).data, rest)
+    error = error_in(packet)
+    assert (error.icmp_type, error.icmp_code, error.rest) == (icmp_type, code, rest)
+    again = error.translated(packet.src, packet.dst, quoted_dst=dst, quoted_src_port=5)
+    assert again.data[again.l4_offset :] == packet.data[packet.l4_offset :]
+
+
+@pytest.mark.shows(5)
+@given(st.sampled_from([4, 6]), st.integers(0, 255), st.integers(0, 255), st.binary(min_size=4, max_size=64))
+def test_every_type_and_code_reads_as_it_was_built(version: int, icmp_type: int, code: int, rest: bytes) -> None:
+    src, dst = (A4, B4) if version == 4 else (A6, B6)
+    packet = Packet.parse_untrusted(build_icmp(src, dst, icmp_type, code, rest).data)
+    assert isinstance(packet, Packet)
+    assert (packet.icmp_type, packet.icmp_code) == (icmp_type, code)
+    assert packet.data[packet.l4_offset + 4 :] == rest
+    assert wrong_checksums(packet) == []
 
 
 def test_what_is_no_error_and_what_is_unreadable() -> None:
