@@ -165,7 +165,7 @@ class System:
         before = self.portal.output.count(verdict)
         self.portal.send_signal(signal.SIGHUP)
         self._until(lambda: self.portal.output.count(verdict) > before, "the new policy", self.portal)
-        if "is refused" in self.portal.output.rpartition(verdict)[2]:
+        if self.portal.output.rpartition(verdict)[2].startswith(" refused"):
             raise LabError(f"the portal refuses the policy:\n{self.portal.tail()}")
 
     def write_policy(self) -> None:

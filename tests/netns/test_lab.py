@@ -20,8 +20,11 @@ import pytest
 from fz_core.lab import Host, Lab, LabError, Process
 from fz_core.lab.certificates import Authority
 from fz_core.lab.names import Answer, dig, start_names
+from fz_core.lab.policy import dns as dns_resource
 from fz_core.lab.servers import start_doh, start_echo, start_iperf
+from fz_core.lab.system import System
 from fz_core.lab.webserver import document_digest
+from tests.netns.scenarios import eventually
 
 pytestmark = pytest.mark.root
 
@@ -277,6 +280,35 @@ def test_iperf_serves_more_than_once(lab: Lab) -> None:
     start_iperf(server)
     for _ in range(2):
         assert "receiver" in laptop.run("iperf3", "-c", "203.0.113.10", "-n", "1M").stdout
+
+
+@pytest.mark.peer("unbound", "unbound-control", "dig", "curl")
+def test_a_system_has_accounts_and_a_gateway_that_resolves_behind_itself(lab: Lab) -> None:
+    system = System(lab)
+    system.resources["app"] = dns_resource("*.example.com", "tcp/80")
+    system.allowed, system.allowed_to = {"net6"}, {"bob": {"net", "app"}}
+    system.add_account("bob")
+    system.dns_servers, system.search_domain = ["203.0.113.53"], "example.com"
+    system.start_portal()
+    system.start_relay(0)
+    gateway = system.add_gateway("gateway", 31, zones={"example.com": ["app 60 A 10.20.0.80"]})
+    assert gateway.host.read_etc("resolv.conf") == "nameserver 10.20.0.80\n"
+    assert dig(gateway.host, "app.example.com").records == ("10.20.0.80",)
+    assert dig(gateway.host, "portal").records == (system.portal_host.ipv4,)
+    assert gateway.names is not None
+    gateway.names.set_zone("example.com", ["app 60 A 10.20.0.81"])
+    assert dig(gateway.host, "app.example.com").records == ("10.20.0.81",)
+    bob = system.add_client("bobs", 30, account="bob", nameservers=["203.0.113.53"])
+    assert bob.host.read_etc("resolv.conf") == "nameserver 203.0.113.53\n"
+    system.add_client("carols", 32, account="carol")  # unknown until now
+    for client in (0, 1):
+        eventually(system, 20.0, family=6, client=client)
+    eventually(system, 20.0, client=0)
+    with pytest.raises(LabError):
+        system.fetch(0.001, client=1, timeout=2.0)
+    system.resources["app"] = dns_resource("no name")
+    with pytest.raises(LabError, match="is no name"):
+        system.reload_policy()
 
 
 def test_lines_and_ends_of_programs(lab: Lab) -> None:
