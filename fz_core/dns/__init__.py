@@ -17,6 +17,7 @@ from fz_core.dns.messages import (
 from fz_core.dns.names import DnsRecord, Match, NameEntry, ProxyNames
 from fz_core.dns.patterns import Pattern
 from fz_core.dns.stub import ResourceStub, SiteQuery, StubAnswer
+from fz_core.dns.stub_tcp import StubTcpServer, TcpToken
 from fz_core.dns.upstreams import Sentinels, Upstream, effective_upstreams, is_sentinel
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Sentinels",
     "SiteQuery",
     "StubAnswer",
+    "StubTcpServer",
+    "TcpToken",
     "Upstream",
     "build_addresses",
     "build_answer",
