@@ -15,14 +15,17 @@ from fz_core.embedded.portal_hub import TO_PEER
 from fz_core.portal.codec import ParseFailure
 
 with tempfile.TemporaryDirectory() as folder:
-    POLICY = policy_of(Path(folder))
+    POLICY = policy_of(Path(folder), top="old_clients = true")
 
 EVENTS = st.sampled_from(
     ["phx_join", "phx_leave", "heartbeat", "set_snownet_capabilities", "request_authorization", "no_relays",
      "authorization_created", "broadcast_ice_candidates", "broadcast_invalidated_ice_candidates",
      "new_gateway_ice_candidates", "invalidate_gateway_ice_candidates", "new_client_ice_candidates",
-     "invalidate_client_ice_candidates", "resolve_device_pool_domain", "nonsense"]
+     "invalidate_client_ice_candidates", "resolve_device_pool_domain", "prepare_connection", "request_connection",
+     "reuse_connection", "connection_ready", "nonsense"]
 )  # fmt: skip
+ICE = {"username": "mine", "password": "p" * 22}
+NAME = {"name": "www.example.com", "proxy_ips": ["100.96.0.1", "fd00:2021:1111:8000::1"]}
 
 
 def payloads(ids: list[str]) -> st.SearchStrategy[Any]:
@@ -34,6 +37,11 @@ def payloads(ids: list[str]) -> st.SearchStrategy[Any]:
         "client_id": some_id | value,
         "client_ids": st.lists(some_id | value, max_size=2) | value,
         "connected_gateway_ids": st.lists(some_id, max_size=2) | value,
+        "gateway_ids": st.lists(some_id | value, max_size=2) | value,
+        "client_payload": st.just({"ice_parameters": ICE, "domain": NAME}) | value,
+        "client_preshared_key": st.just("A" * 43 + "=") | value,
+        "payload": st.just(NAME) | value,
+        "gateway_payload": st.just({"ConnectionAccepted": {"ice_parameters": ICE}}) | value,
         "candidates": st.lists(value, max_size=2) | value,
         "ref": value,
         "iceless": value,
@@ -50,6 +58,7 @@ def test_peers_cannot_break_it_nor_each_other(data: st.DataObject) -> None:
     world = World(POLICY)
     world.relay()
     peers = [world.client(), world.gateway(), world.client(token="client-token-bob-001", params={"external_id": "b"})]
+    peers.append(world.client(agent="Debian/12 connlib/1.3.7 (x86_64)", params={"external_id": "old"}))
     ids = [r.id for r in POLICY.resources.values()]
     ids += [d.id for owner in ("alice", "bob") for d in world.store.devices_of(POLICY.clients[owner].id)]
     ids += [d.id for d in world.store.devices_of(POLICY.sites["office"].id)]
