@@ -2,47 +2,81 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 from fz_core.packet import Packet
 from fz_core.tunnel.buffers import PacketBuffer
 
 BUFFERED_PACKETS = 128
+BUFFERED_QUERIES = 128
+MAX_PENDING = 1024
 RETRY_INTERVAL = 2.0
 
 
+class AccessKey(NamedTuple):
+    """What is asked for: a resource, or one device of a pool by its packed address."""
+
+    resource_id: str
+    device: bytes | None = None
+
+
+class Waiting(NamedTuple):
+    """What waited for an answer: packets, and DNS queries for the resource's site."""
+
+    packets: list[Packet]
+    queries: list[Any]
+
+
 class _Pending:
-    __slots__ = ("packets", "requested_at")
+    __slots__ = ("packets", "queries", "requested_at")
 
     def __init__(self, now: float) -> None:
         self.requested_at = now
         self.packets = PacketBuffer(BUFFERED_PACKETS)
+        self.queries: deque[Any] = deque(maxlen=BUFFERED_QUERIES)
 
 
 class PendingAuthorizations:
-    """One entry per resource. There is no timer: retries are driven by further traffic only."""
+    """Independent entries by key. There is no timer: retries are driven by further traffic only."""
 
     def __init__(self) -> None:
-        self._pending: dict[str, _Pending] = {}
+        self._pending: dict[AccessKey, _Pending] = {}
 
-    def __contains__(self, resource_id: str) -> bool:
-        return resource_id in self._pending
+    def __contains__(self, key: AccessKey) -> bool:
+        return key in self._pending
 
-    def trigger(self, resource_id: str, packet: Packet | None, now: float) -> bool:
+    def trigger(self, key: AccessKey, now: float, *, packet: Packet | None = None, query: Any = None) -> bool:
         """Note that access is wanted; True when the portal must be asked (again) now."""
-        entry = self._pending.get(resource_id)
+        entry = self._pending.get(key)
         due = entry is None or now - entry.requested_at >= RETRY_INTERVAL
         if entry is None:
-            entry = self._pending[resource_id] = _Pending(now)
+            if len(self._pending) >= MAX_PENDING:
+                del self._pending[next(iter(self._pending))]
+            entry = self._pending[key] = _Pending(now)
         elif due:
             entry.requested_at = now
         if packet is not None:
             entry.packets.push(packet)
+        if query is not None:
+            entry.queries.append(query)
         return due
 
-    def resolve(self, resource_id: str) -> list[Packet] | None:
-        """The answer came: its waiting packets, or None if nobody asked."""
-        entry = self._pending.pop(resource_id, None)
-        return None if entry is None else entry.packets.drain()
+    def resolve(self, key: AccessKey) -> Waiting | None:
+        """The answer came: what waited for it, or None if nobody asked."""
+        entry = self._pending.pop(key, None)
+        return None if entry is None else Waiting(entry.packets.drain(), list(entry.queries))
 
-    def drop(self, resource_id: str) -> None:
+    def devices(self, *addresses: bytes) -> Iterator[AccessKey]:
+        """Keys that ask for a device with one of these addresses."""
+        return iter([key for key in self._pending if key.device in addresses])
+
+    def drop(self, key: AccessKey) -> None:
         """Forget a request and its packets."""
-        self._pending.pop(resource_id, None)
+        self._pending.pop(key, None)
+
+    def drop_resource(self, resource_id: str) -> None:
+        """Forget every request for a resource, or for any device of a pool."""
+        for key in [key for key in self._pending if key.resource_id == resource_id]:
+            del self._pending[key]

@@ -1,17 +1,18 @@
-"""One client on a gateway: what it was granted, and whether a packet of it may pass (`spec/tunnel.md` §14, §16).
-
-DNS resources are granted but not translated yet: no packet reaches them (`docs/deviations.md`).
-"""
+"""One client on a gateway: what it was granted, and whether a packet of it may pass (`spec/tunnel.md` §14 to §16)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from fz_core.packet import DropReason, Packet
-from fz_core.portal.types import CidrResource, InternetResource
+from fz_core.dns import Pattern
+from fz_core.packet import DropReason, Packet, TooBig
+from fz_core.portal.types import CidrResource, DnsResource, InternetResource
 from fz_core.tunnel.filters import FilterSet
+from fz_core.tunnel.nat import NatTable
+from fz_core.tunnel.proxies import Proxies
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
 from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
@@ -21,6 +22,7 @@ class Decision(Enum):
     """What happens to a packet of a client."""
 
     PASS = auto()
+    TRANSLATE = auto()
     CONTROL = auto()
     PROHIBITED = auto()
     UNREACHABLE = auto()
@@ -29,11 +31,12 @@ class Decision(Enum):
 
 @dataclass(slots=True)
 class Grant:
-    """One resource; `expires_at` is monotonic seconds, None for ever."""
+    """One resource; `expires_at` is monotonic seconds, None for ever. `pattern` only for a DNS resource."""
 
     resource: Any
     filters: FilterSet
     expires_at: float | None
+    pattern: Pattern | None = None
 
 
 class ClientAccess:
@@ -44,7 +47,10 @@ class ClientAccess:
         self.own_ips = own_ips
         self._grants: dict[str, Grant] = {}
         self._routes = RoutingTable()
+        self._proxies = Proxies()
+        self._nat: NatTable | None = None
         self._has_internet = False
+        self._first_expiry: float | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -56,15 +62,19 @@ class ClientAccess:
         """Ids of all granted resources."""
         return set(self._grants)
 
+    # grants
+
     def grant(self, resource: Any, expires_at: float | None) -> bool:
         """Upsert a grant; of a known resource only filters and expiry change. False: refused, type differs."""
         known = self._grants.get(resource.id)
         if known is not None and type(known.resource) is not type(resource):
             return False
         if known is None:
-            known = self._grants[resource.id] = Grant(resource, FilterSet(_filters(resource)), expires_at)
+            pattern = Pattern.parse(resource.address) if isinstance(resource, DnsResource) else None
+            known = self._grants[resource.id] = Grant(resource, FilterSet(_filters(resource)), expires_at, pattern)
         known.expires_at = expires_at
         self._set_filters(known, resource)
+        self._note_expiries()
         return True
 
     def update_filters(self, resource: Any) -> None:
@@ -77,6 +87,7 @@ class ClientAccess:
         """Move the deadline of a grant either way."""
         if resource_id in self._grants:
             self._grants[resource_id].expires_at = expires_at
+            self._note_expiries()
 
     def revoke(self, resource_id: str) -> bool:
         """End a grant; whether it existed."""
@@ -84,18 +95,51 @@ class ClientAccess:
             return False
         self._routes.remove_resource(resource_id)
         self._has_internet = any(isinstance(g.resource, InternetResource) for g in self._grants.values())
+        self._note_expiries()
         return True
 
     def expire(self, now: float) -> list[str]:
-        """End every grant whose time has come; their ids."""
+        """End every grant whose time has come; their ids. Translations that nobody uses end too."""
+        if self._nat is not None:
+            self._nat.handle_timeout(now)
+        if self._first_expiry is None or self._first_expiry > now:
+            return []
         due = [i for i, g in self._grants.items() if g.expires_at is not None and g.expires_at <= now]
         for resource_id in due:
             self.revoke(resource_id)
         return due
 
     def next_expiry(self) -> float | None:
-        """The earliest deadline."""
-        return min((g.expires_at for g in self._grants.values() if g.expires_at is not None), default=None)
+        """The earliest deadline of a grant or translation."""
+        due = (self._first_expiry, None if self._nat is None else self._nat.poll_timeout())
+        return min((at for at in due if at is not None), default=None)
+
+    def _note_expiries(self) -> None:
+        deadlines = (g.expires_at for g in self._grants.values() if g.expires_at is not None)
+        self._first_expiry = min(deadlines, default=None)
+
+    # names
+
+    def may_resolve(self, resource_id: str, name: str) -> bool:
+        """Whether the client may use this name through this resource."""
+        grant = self._grants.get(resource_id)
+        return grant is not None and grant.pattern is not None and grant.pattern.matches(name)
+
+    def set_up_name(
+        self, resource_id: str, name: str, proxy_ips: Sequence[bytes], real: Iterable[bytes], *, mix: bool
+    ) -> None:
+        """From now on, new flows to these proxy addresses go to the name's real ones; see `Proxies.assign`."""
+        if self._proxies.assign(resource_id, name, proxy_ips, real, mix=mix) and self._nat is not None:
+            self._nat.clear()
+        if self._nat is None:
+            self._nat = NatTable(self.client_ips)
+
+    @property
+    def translations(self) -> Mapping[str, int]:
+        """Sizes, for metrics: `proxies` and `sessions`."""
+        return {"proxies": len(self._proxies), "sessions": 0 if self._nat is None else len(self._nat)}
+
+    # packets
 
     def decide(self, packet: Packet) -> Decision | DropReason:
         """A packet from the client, in the order of §14."""
@@ -112,23 +156,56 @@ class ClientAccess:
             return Decision.PASS
         if dst in PEER_RANGE:
             return Decision.PROHIBITED
-        if self._has_internet and dst not in PROXY_RANGE:
+        if dst in PROXY_RANGE:
+            return self._decide_name(dst, *outbound(packet))
+        if self._has_internet:
             return Decision.UNREACHABLE if dst in INTERNET_REJECTED_RANGE else Decision.PASS
         verdict = self._routes.lookup(dst, *outbound(packet))
         return Decision.PASS if verdict is not None and verdict.allowed else Decision.PROHIBITED
 
-    def admits(self, packet: Packet) -> bool:
-        """Whether a packet of this host or its network may go to the client (§14, from TUN)."""
+    def _decide_name(self, ip: bytes, protocol: int, port: int) -> Decision:
+        proxy = self._proxies.get(ip)
+        if proxy is None or not self._name_allows(proxy.resource_ids, protocol, port):
+            verdict = self._routes.lookup(ip, protocol, port)  # a network so wide that it covers the proxies
+            if verdict is None or not verdict.allowed:
+                return Decision.PROHIBITED
+        return Decision.UNREACHABLE if proxy is None or proxy.real is None else Decision.TRANSLATE
+
+    def _name_allows(self, resource_ids: Iterable[str], protocol: int, port: int) -> bool:
+        grants = (self._grants.get(resource_id) for resource_id in resource_ids)
+        return any(grant is not None and grant.filters.allows(protocol, port) for grant in grants)
+
+    def translate(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
+        """A packet that `decide` wants translated, as the resource shall see it."""
+        proxy = self._proxies.get(packet.dst)
+        assert self._nat is not None
+        assert proxy is not None
+        assert proxy.real is not None
+        return self._nat.translate_outgoing(packet, proxy.real, now)
+
+    def admit(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
+        """A packet from this host or its network, as the client shall see it, or why it may not (§14, from TUN)."""
+        if packet.src in self.own_ips:
+            return packet
+        if self._nat is not None:
+            translated = self._nat.translate_incoming(packet, now)
+            if isinstance(translated, (DropReason, TooBig)):
+                return translated
+            packet = packet if translated is None else translated
+        return packet if self._admits(packet) else DropReason.NOT_ALLOWED
+
+    def _admits(self, packet: Packet) -> bool:
         src = packet.src
-        if src in self.own_ips:
-            return True
         if packet.dst not in self.client_ips or src in PEER_RANGE:
             return False
         if packet.is_icmp_error:
             return True
         if not is_classifiable(packet):
             return False
-        if self._has_internet and src not in PROXY_RANGE:
+        if src in PROXY_RANGE:
+            proxy = self._proxies.get(src)
+            return proxy is not None and self._name_allows(proxy.resource_ids, *inbound(packet))
+        if self._has_internet:
             return src not in INTERNET_REJECTED_RANGE
         verdict = self._routes.lookup(src, *inbound(packet))
         return verdict is not None and verdict.allowed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
+from fz_core.dns import DnsRecord
 from fz_core.tunnel.ranges import Network
+from fz_core.tunnel.status import DeviceView, ResourceView
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,75 @@ class SendToPortal:
 
 @dataclass(frozen=True, slots=True)
 class TunConfigChanged:
-    """The TUN device must get these addresses and routes."""
+    """The TUN device must get these addresses and routes, and the host's DNS these servers.
+
+    `sentinels` are the addresses we answer DNS at, each with the upstream server or DoH URL behind it.
+    """
 
     ipv4: IPv4Address
     ipv6: IPv6Address
     routes: frozenset[Network]
     search_domain: str | None = None
+    sentinels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcesChanged:
+    """Client: every resource with its status, and the devices of pools that are connected."""
+
+    resources: tuple[ResourceView, ...]
+    devices: tuple[DeviceView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardQuery:
+    """Client: a DNS message for a server, or a DoH `url`; the reply goes to `handle_dns_result(token, …)`.
+
+    Through the tunnel if `via_tunnel`, else past it. `payload` is the message.
+    """
+
+    token: int
+    server: bytes | None
+    port: int
+    url: str | None
+    tcp: bool
+    via_tunnel: bool
+    payload: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DnsDecision:
+    """Client: how a question is answered: `resource`, `device`, `site`, `tunnel` or `local`.
+
+    Told once per name and type until the resources change. `rdtype` is the number of the record type.
+    """
+
+    name: str
+    rdtype: int
+    decision: str
+    resource_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DnsRecordsChanged:
+    """Client: names that got proxy addresses; the whole table is `ClientTunnel.dns_records`."""
+
+    records: tuple[DnsRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveName:
+    """Gateway: look up the addresses of a name; they go to `handle_name_resolved(token, …)`."""
+
+    token: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PacketsDropped:
+    """Drops since the start by reason, told at most once a second while there are new ones."""
+
+    totals: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +162,12 @@ class AccessEnded:
 TunnelEvent = (
     SendToPortal
     | TunConfigChanged
+    | ResourcesChanged
+    | ForwardQuery
+    | DnsDecision
+    | DnsRecordsChanged
+    | ResolveName
+    | PacketsDropped
     | ConnectionUp
     | ConnectionDown
     | PathInUse

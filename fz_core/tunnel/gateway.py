@@ -1,11 +1,12 @@
 """The gateway's side of a tunnel: clients, what each was granted, and the packets of both directions.
 
-Source: `spec/tunnel.md` §14, §16; `spec/portal-protocol.md` §6.
+Source: `spec/tunnel.md` §14 to §17; `spec/portal-protocol.md` §6, and §9 for clients before 1.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from fz_core.crypto import PrivateKey
 from fz_core.ice import Credentials
@@ -13,12 +14,14 @@ from fz_core.node import GATEWAY_PROFILES, NoRelays, Parameters
 from fz_core.packet import (
     DropReason,
     Packet,
+    TooBig,
     build_icmp_prohibited,
+    build_icmp_too_big,
     build_icmp_unreachable,
 )
 from fz_core.portal import client as shared
 from fz_core.portal import gateway as messages
-from fz_core.portal.types import GatewayInterface, merge_relays
+from fz_core.portal.types import GatewayInterface, IceCredentials, merge_relays
 from fz_core.tunnel import control
 from fz_core.tunnel.candidates import CandidateBatch
 from fz_core.tunnel.client_access import ClientAccess, Decision
@@ -26,30 +29,46 @@ from fz_core.tunnel.events import (
     AccessEnded,
     AccessGranted,
     ConnectionDown,
+    ResolveName,
     SendToPortal,
     TunConfigChanged,
 )
-from fz_core.tunnel.ranges import PEER_RANGE, PEERS
+from fz_core.tunnel.portal_clock import PortalClock
+from fz_core.tunnel.ranges import PEER_RANGE, PEERS, PROXY_RANGE, SENTINEL_RANGE
+from fz_core.tunnel.resolutions import Resolution, Resolutions
 from fz_core.tunnel.role import TunnelRole
 
 TICK = 1.0
-OVERFLOWING_EXPIRY = 86_400.0
-LAST_UNIX_TIME = 253_402_300_799  # the end of the year 9999
+MAX_PROXIES_PER_NAME = 16
+FIN, RST = 1, 4
 
 
 class GatewayTunnel(TunnelRole):
-    """Sans-IO state of a gateway. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
+    """Sans-IO state of a gateway. One mutation, then drain every `poll_*`, then wait for `poll_timeout`.
+
+    With `mix_families` a name that has addresses of one family only is reachable through proxy
+    addresses of both (64 and 46 translation); without, the other family is answered "unreachable".
+    """
 
     def __init__(
-        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+        self,
+        private_key: PrivateKey,
+        now: float,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        *,
+        mix_families: bool = True,
     ) -> None:
         super().__init__(private_key, now, unix_epoch, random_bytes)
-        self._unix_epoch = unix_epoch
-        self._started_at = now
+        self._clock = PortalClock(unix_epoch, now)
+        self._random_bytes = random_bytes
+        self._mix_families = mix_families
         self._interface: GatewayInterface | None = None
         self._clients: dict[str, ClientAccess] = {}
         self._by_ip: dict[bytes, str] = {}
-        self._tick_at = now + TICK
+        self._resolutions = Resolutions()
+        self._legacy: dict[str, Parameters] = {}
+        self._tick_at: float | None = None
 
     # commands
 
@@ -59,6 +78,8 @@ class GatewayTunnel(TunnelRole):
                 self._init(message, now)
             case messages.CreateAuthorization():
                 self._authorize(message, now)
+            case messages.RequestConnection() | messages.AllowAccess():
+                self._handle_legacy(message, now)
             case shared.RejectAccess(client_id, resource_id):
                 self._revoke(client_id, resource_id, "revoked", now)
             case messages.ResourceUpdated(resource):
@@ -84,20 +105,24 @@ class GatewayTunnel(TunnelRole):
     # time and output
 
     def handle_timeout(self, now: float) -> None:
-        """Run every timer that is due; grants are checked once a second."""
+        """Run every timer that is due; grants and translations are checked at most once a second."""
         self.node.handle_timeout(now)
-        if now >= self._tick_at:
-            self._tick_at = now + TICK
+        if self._tick_at is not None and now >= self._tick_at:
             self._expire(now)
         self._collect(now)
 
     def poll_timeout(self) -> tuple[float, str] | None:
         """The next deadline and what it is for."""
         due = [(d, "connections") for d in (self.node.poll_timeout(),) if d is not None]
-        expiries = [e for access in self._clients.values() if (e := access.next_expiry()) is not None]
-        if expiries or any(access.is_empty for access in self._clients.values()):
-            due.append((max(self._tick_at, min(expiries, default=0.0)), "access expiry"))
+        if self._tick_at is not None:
+            due.append((self._tick_at, "access expiry"))
         return min(due, default=None)
+
+    def _look_by(self, at: float | None, now: float) -> None:
+        """Something ends at this time, or may: look then, but not within a second from now."""
+        if at is not None:
+            at = max(at, now + TICK)
+            self._tick_at = at if self._tick_at is None else min(self._tick_at, at)
 
     # data
 
@@ -105,9 +130,15 @@ class GatewayTunnel(TunnelRole):
         client_id = self._by_ip.get(packet.dst)
         if client_id is None:
             return DropReason.NO_PEER_STATE if packet.dst in PEER_RANGE else DropReason.NOT_A_PEER
-        if not self._clients[client_id].admits(packet):
-            return DropReason.NOT_ALLOWED
-        return self._transmit(client_id, packet, now)
+        admitted = self._clients[client_id].admit(packet, now)
+        if isinstance(admitted, DropReason):
+            return admitted
+        if isinstance(admitted, TooBig):
+            self._packets.append(build_icmp_too_big(packet, admitted.mtu))
+            return DropReason.TOO_BIG
+        if packet.tcp_flags & (FIN | RST):
+            self._look_by(now, now)
+        return self._transmit(client_id, admitted, now)
 
     def _accept(self, client_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None:
         access = self._clients.get(client_id)
@@ -117,6 +148,8 @@ class GatewayTunnel(TunnelRole):
         match access.decide(packet):
             case Decision.PASS:
                 self._deliver(packet, ecn)
+            case Decision.TRANSLATE:
+                return self._translate(client_id, access, packet, ecn, now)
             case Decision.CONTROL:
                 return self._handle_control(client_id, packet, now)
             case Decision.PROHIBITED:
@@ -131,17 +164,72 @@ class GatewayTunnel(TunnelRole):
                 return reason
         return None
 
+    def _translate(
+        self, client_id: str, access: ClientAccess, packet: Packet, ecn: int, now: float
+    ) -> DropReason | None:
+        translated = access.translate(packet, now)
+        if isinstance(translated, DropReason):
+            return translated
+        if isinstance(translated, TooBig):
+            return self._transmit(client_id, build_icmp_too_big(packet, translated.mtu), now) or DropReason.TOO_BIG
+        if self._tick_at is None or self._tick_at > now + TICK:
+            self._look_by(access.next_expiry(), now)
+        self._deliver(translated, ecn)
+        return None
+
     def _handle_control(self, client_id: str, packet: Packet, now: float) -> DropReason | None:
         match control.parse_untrusted(packet.control_event_type, packet.control_body):
             case control.Goodbye():
                 self.node.remove(client_id)
                 self._forget(client_id, "the client said goodbye")
-            case control.AssignedIps(resource_id, domain, _):
-                # Names are not translated yet, and the client must not wait for an answer.
-                return self._transmit(client_id, control.DomainStatus(resource_id, domain, active=False).build(), now)
+            case control.AssignedIps() as assigned:
+                return self._resolve_for(client_id, assigned, now)
             case _:
                 return DropReason.BAD_CONTROL
         return None
+
+    # names
+
+    def _resolve_for(self, client_id: str, assigned: control.AssignedIps, now: float) -> DropReason | None:
+        access = self._clients.get(client_id)
+        domain, proxy_ips = assigned.domain.lower(), tuple(ip.packed for ip in assigned.proxy_ips)
+        if not are_proxies(proxy_ips):
+            return DropReason.BAD_CONTROL
+        if access is None or not access.may_resolve(assigned.resource_id, domain):
+            return self._tell_status(client_id, assigned.resource_id, assigned.domain, False, now)
+        token = self._resolutions.begin(Resolution(client_id, assigned.resource_id, assigned.domain, proxy_ips))
+        if token is None:
+            return DropReason.DNS_BUSY  # the client asks again
+        if token:
+            self._events.append(ResolveName(token, domain))
+        return None
+
+    def handle_name_resolved(self, token: int, addresses: Iterable[bytes] | None, now: float) -> None:
+        """The end of a `ResolveName`: all addresses found, possibly none; None if it took too long."""
+        resolution = self._resolutions.end(token)
+        if resolution is None:
+            return
+        known = None if addresses is None else tuple(addresses)
+        if resolution.legacy is not None:
+            self._finish_legacy(resolution.legacy, known, now)
+        else:
+            is_active = self._set_up_name(resolution, known)
+            reason = self._tell_status(resolution.client_id, resolution.resource_id, resolution.domain, is_active, now)
+            if reason is not None:
+                self._drop(reason)
+        self._collect(now)
+
+    def _set_up_name(self, resolution: Resolution, addresses: tuple[bytes, ...] | None) -> bool:
+        access, name = self._clients.get(resolution.client_id), resolution.domain.lower()
+        if addresses is None or access is None or not access.may_resolve(resolution.resource_id, name):
+            return False
+        access.set_up_name(resolution.resource_id, name, resolution.proxy_ips, addresses, mix=self._mix_families)
+        return True
+
+    def _tell_status(
+        self, client_id: str, resource_id: str, domain: str, active: bool, now: float
+    ) -> DropReason | None:
+        return self._transmit(client_id, control.DomainStatus(resource_id, domain, active).build(), now)
 
     # portal messages
 
@@ -156,50 +244,53 @@ class GatewayTunnel(TunnelRole):
         for client_id, access in list(self._clients.items()):
             for resource_id in sorted(access.resource_ids):
                 if (client_id, resource_id) in listed:
-                    access.set_expiry(resource_id, self._monotonic(listed[client_id, resource_id], now))
+                    access.set_expiry(resource_id, self._clock.monotonic(listed[client_id, resource_id], now))
+                    self._look_by(access.next_expiry(), now)
                 else:
                     self._revoke(client_id, resource_id, "not listed by the portal", now)
 
     def _authorize(self, message: messages.CreateAuthorization, now: float) -> None:
-        client = message.client
         parameters = Parameters(
-            client.public_key,
-            client.preshared_key,
+            message.client.public_key,
+            message.client.preshared_key,
             Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
             Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
             controlling=False,
             iceless=message.use_iceless,
         )
-        try:
-            self.node.upsert_connection(client.id, parameters, now, GATEWAY_PROFILES)
-        except NoRelays:
-            self._events.append(SendToPortal(shared.NoRelays()))
+        if not self._connect(message.client.id, parameters, now):
             return
-        self._grant(message, now)
+        ips = (message.client.ipv4.packed, message.client.ipv6.packed)
+        self._grant(message.client.id, ips, message.resource, message.expires_at, now)
         self._events.append(SendToPortal(messages.AuthorizationCreated(message.ref)))
 
-    def _grant(self, message: messages.CreateAuthorization, now: float) -> None:
+    def _connect(self, client_id: str, parameters: Parameters, now: float) -> bool:
+        try:
+            self.node.upsert_connection(client_id, parameters, now, GATEWAY_PROFILES)
+        except NoRelays:
+            self._events.append(SendToPortal(shared.NoRelays()))
+            return False
+        return True
+
+    def _grant(
+        self,
+        client_id: str,
+        ips: tuple[bytes, bytes],
+        resource: messages.GatewayResource,
+        expires_at: float | None,
+        now: float,
+    ) -> None:
         if self._interface is None:
             return
-        client_id = message.client.id
-        ips = (message.client.ipv4.packed, message.client.ipv6.packed)
         access = self._clients.get(client_id)
         if access is None or access.client_ips != ips:
             self._unindex(client_id)
             access = self._clients[client_id] = ClientAccess(ips, self._own_ips)
             for ip in ips:
                 self._by_ip[ip] = client_id
-        expires_at = self._monotonic(message.expires_at, now)
-        if access.grant(message.resource, expires_at):
-            self._events.append(AccessGranted(client_id, message.resource.id, message.expires_at))
-
-    def _monotonic(self, unix_time: float | None, now: float) -> float | None:
-        """Portal time on our clock; before our start counts as passed, beyond reason as a day from now."""
-        if unix_time is None:
-            return None
-        if unix_time > LAST_UNIX_TIME:
-            return now + OVERFLOWING_EXPIRY
-        return max(unix_time - self._unix_epoch, self._started_at)
+        if access.grant(resource, self._clock.monotonic(expires_at, now)):
+            self._events.append(AccessGranted(client_id, resource.id, expires_at))
+            self._look_by(access.next_expiry(), now)
 
     def _revoke(self, client_id: str, resource_id: str, reason: str, now: float) -> None:
         access = self._clients.get(client_id)
@@ -208,10 +299,14 @@ class GatewayTunnel(TunnelRole):
             self._dismiss_if_empty(client_id, now)
 
     def _expire(self, now: float) -> None:
+        self._tick_at = None
         for client_id, access in list(self._clients.items()):
             for resource_id in access.expire(now):
                 self._events.append(AccessEnded(client_id, resource_id, "expired"))
-            self._dismiss_if_empty(client_id, now)
+            if access.is_empty:
+                self._dismiss_if_empty(client_id, now)
+            else:
+                self._look_by(access.next_expiry(), now)
 
     def _dismiss_if_empty(self, client_id: str, now: float) -> None:
         if self._clients[client_id].is_empty:
@@ -221,6 +316,7 @@ class GatewayTunnel(TunnelRole):
     def _forget(self, client_id: str, reason: str) -> None:
         self._unindex(client_id)
         self._candidates.forget(client_id)
+        self._legacy.pop(client_id, None)
         if self._clients.pop(client_id, None) is not None:
             self._events.append(ConnectionDown(client_id, reason))
 
@@ -230,6 +326,61 @@ class GatewayTunnel(TunnelRole):
             for ip in access.client_ips:
                 if self._by_ip.get(ip) == client_id:
                     del self._by_ip[ip]
+
+    # clients before 1.4: the name is resolved before the answer, and we choose our own ICE credentials
+
+    def _handle_legacy(self, message: messages.RequestConnection | messages.AllowAccess, now: float) -> None:
+        if message.domain is None:
+            self._finish_legacy(message, (), now)
+            return
+        client_id = message.client.id if isinstance(message, messages.RequestConnection) else message.client_id
+        proxy_ips = tuple(ip.packed for ip in message.domain.proxy_ips)
+        resolution = Resolution(client_id, message.resource.id, message.domain.name, proxy_ips, message)
+        token = self._resolutions.begin(resolution) if are_proxies(proxy_ips) else None
+        if token is None:
+            self._drop(DropReason.BAD_CONTROL)
+        else:
+            self._events.append(ResolveName(token, message.domain.name.lower()))
+
+    def _finish_legacy(
+        self,
+        message: messages.RequestConnection | messages.AllowAccess,
+        addresses: Sequence[bytes] | None,
+        now: float,
+    ) -> None:
+        """Connect if that was asked for, grant, translate, answer; without an answer the client asks again."""
+        if isinstance(message, messages.AllowAccess):
+            client_id, ips = message.client_id, (message.client_ipv4.packed, message.client_ipv6.packed)
+        else:
+            client_id, ips = message.client.id, (message.client.ipv4.packed, message.client.ipv6.packed)
+            parameters = self._legacy_parameters(message)
+            if addresses is None or not self._connect(client_id, parameters, now):
+                return
+            self._legacy[client_id] = parameters
+        self._grant(client_id, ips, message.resource, message.expires_at, now)
+        if message.domain is not None and addresses is not None:
+            proxy_ips = tuple(ip.packed for ip in message.domain.proxy_ips)
+            self._set_up_name(
+                Resolution(client_id, message.resource.id, message.domain.name, proxy_ips), tuple(addresses)
+            )
+        if isinstance(message, messages.RequestConnection):
+            local = self._legacy[client_id].local
+            answer = messages.ConnectionReady(message.ref, IceCredentials(local.ufrag, local.password))
+            self._events.append(SendToPortal(answer))
+
+    def _legacy_parameters(self, message: messages.RequestConnection) -> Parameters:
+        """The same request again means the same connection, so our credentials must be the same too."""
+        client, remote = message.client, message.client_ice_credentials
+        wanted = Parameters(
+            client.public_key,
+            client.preshared_key,
+            Credentials(self._random_bytes(4).hex(), self._random_bytes(16).hex()),
+            Credentials(remote.username, remote.password),
+            controlling=False,
+            iceless=False,
+        )
+        known = self._legacy.get(client.id)
+        return known if known is not None and known == replace(wanted, local=known.local) else wanted
 
     # what the node reports
 
@@ -245,3 +396,8 @@ class GatewayTunnel(TunnelRole):
     def _handle_connection_lost(self, peer_id: str, reason: str) -> None:
         # The grants stay: the client may still count on them when it returns.
         self._events.append(ConnectionDown(peer_id, reason))
+
+
+def are_proxies(ips: Sequence[bytes]) -> bool:
+    """Whether addresses may be translated: few, and all from the proxy ranges (§24)."""
+    return 0 < len(ips) <= MAX_PROXIES_PER_NAME and all(ip in PROXY_RANGE and ip not in SENTINEL_RANGE for ip in ips)

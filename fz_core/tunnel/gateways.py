@@ -77,6 +77,10 @@ class Gateways:
         """The live gateway with this address inside the tunnel."""
         return self._by_tunnel_ip.get(ip)
 
+    def tunnel_ips(self, gateway_id: str) -> tuple[bytes, bytes]:
+        """A live gateway's own addresses inside the tunnel."""
+        return self._live[gateway_id].tunnel_ips
+
     def may_send(self, gateway_id: str, source: bytes) -> bool:
         """Whether the gateway may send us packets with this source."""
         gateway = self._live.get(gateway_id)

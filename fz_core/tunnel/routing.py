@@ -1,13 +1,12 @@
 """Best entry for an address and a kind of traffic (`spec/tunnel.md` §5).
 
-An entry whose filter allows the traffic beats one that does not; then the higher rank (DNS name
-specificity), the longer prefix, the higher resource id. The best entry is returned even when its
-filter denies, so that the caller can name the resource that refused.
+An entry whose filter allows the traffic beats one that does not; then the longer prefix, then the
+higher resource id. The best entry is returned even when its filter denies, so that the caller can name
+the resource that refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from fz_core.tunnel.filters import FilterSet
@@ -22,7 +21,6 @@ class Route(NamedTuple):
     network: Network
     resource_id: str
     filters: FilterSet
-    rank: tuple[int, ...] = ()
 
 
 class Verdict(NamedTuple):
@@ -41,28 +39,30 @@ class RoutingTable:
 
     def add(self, route: Route) -> None:
         """Insert a route; one with the same network and resource is replaced."""
-        self.remove(lambda r: r.resource_id == route.resource_id and r.network == route.network)
+        self._cache.clear()
         bucket = self._routes.setdefault((len(route.network.network_address.packed), route.network.prefixlen), {})
-        bucket.setdefault(int(route.network.network_address), []).append(route)
+        same_network = bucket.setdefault(int(route.network.network_address), [])
+        same_network[:] = [r for r in same_network if r.resource_id != route.resource_id]
+        same_network.append(route)
 
-    def remove(self, condition: Callable[[Route], bool]) -> None:
-        """Drop every route the condition holds for."""
+    def remove_resource(self, resource_id: str) -> None:
+        """Drop every route of one resource."""
         self._cache.clear()
         for key, bucket in list(self._routes.items()):
             for prefix, routes in list(bucket.items()):
-                routes[:] = [r for r in routes if not condition(r)]
+                routes[:] = [r for r in routes if r.resource_id != resource_id]
                 if not routes:
                     del bucket[prefix]
             if not bucket:
                 del self._routes[key]
 
-    def remove_resource(self, resource_id: str) -> None:
-        """Drop every route of one resource."""
-        self.remove(lambda r: r.resource_id == resource_id)
-
     def networks(self) -> set[Network]:
         """All networks, each once."""
         return {r.network for bucket in self._routes.values() for routes in bucket.values() for r in routes}
+
+    def covers(self, ip: bytes) -> bool:
+        """Whether any route leads to this address, whatever its filter."""
+        return self.lookup(ip, 0, 0) is not None
 
     def lookup(self, ip: bytes, protocol: int, port: int) -> Verdict | None:
         """The best route for traffic of this protocol and port with this address, or None."""
@@ -87,7 +87,7 @@ class RoutingTable:
             shift = size * 8 - length
             for route in bucket.get(number >> shift << shift, ()):
                 allowed = route.filters.allows(protocol, port)
-                key = (allowed, route.rank, length, route.resource_id)
+                key = (allowed, length, route.resource_id)
                 if best is None or key > best_key:
                     best, best_key = Verdict(route, allowed), key
         return best

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
@@ -33,13 +34,14 @@ from fz_core.portal.types import (
     Site,
 )
 from fz_core.tunnel import ClientTunnel, GatewayTunnel
-from fz_core.tunnel.events import SendToPortal
+from fz_core.tunnel.events import ForwardQuery, ResolveName, SendToPortal
 from fz_core.turn.server import PortFreed, RelayServer, SendToClient, SendToPeer
 from fz_core.turn.server_auth import relay_credentials, relay_id
 from tests.sim.underlay import Faults, Host, Nat, Underlay, World
 
 PORT = 52625
 MAX_DATAGRAM = 1316
+LOOKUP_TIME = 0.002
 EPOCH = 1_700_000_000.0
 FAR_FUTURE = 2_145_916_800
 SITE = Site("00000000-0000-4000-8000-000000000001", "site")
@@ -130,6 +132,8 @@ class Peer:
     on_packet: Callable[[Packet], None] | None = None
     is_dead: bool = False
     wake_at: float | None = None
+    zone: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+    upstream: Callable[[ForwardQuery], bytes | None] | None = None
 
     def listen(self) -> None:
         for family in self.host.ips:
@@ -161,8 +165,13 @@ class Peer:
                 self.on_packet(packet)
         while (event := self.state.poll_event()) is not None:
             self.events.append(event)
-            if isinstance(event, SendToPortal):
-                self.send_to_portal(event.message)
+            match event:
+                case SendToPortal(message):
+                    self.send_to_portal(message)
+                case ResolveName():
+                    self.world.after(LOOKUP_TIME, partial(self._resolve, self.state, event))
+                case ForwardQuery() if self.upstream is not None:
+                    self.world.after(LOOKUP_TIME, partial(self._answer, self.state, event))
         deadline = self.state.poll_timeout()
         # Sending on an old session makes its rekey due at once, so a deadline may lie in the past here.
         if deadline is not None and (
@@ -170,6 +179,19 @@ class Peer:
         ):
             self.wake_at = deadline[0]
             self.world.at(deadline[0], lambda: self._wake(deadline[0]))
+
+    def _resolve(self, state: Any, event: ResolveName) -> None:
+        """A name of the zone; what is unknown has no addresses, and None never answers in time."""
+        if state is self.state and not self.is_dead:
+            found = self.zone.get(event.name, ())
+            addresses = None if found is None else tuple(ip_address(ip).packed for ip in found)
+            state.handle_name_resolved(event.token, addresses, self.world.now)
+            self.drain()
+
+    def _answer(self, state: Any, event: ForwardQuery) -> None:
+        if state is self.state and self.upstream is not None:
+            state.handle_dns_result(event.token, self.upstream(event), self.world.now)
+            self.drain()
 
     def _wake(self, due: float) -> None:
         if not self.is_dead and self.wake_at == due:

@@ -116,7 +116,7 @@ def test_revocation_ends_traffic_and_says_goodbye() -> None:
     system.world.run_for(1.0)
     assert any(isinstance(e, AccessEnded) and e.reason == "revoked" for e in system.gateway.events)
     down = [e for e in system.client.events if isinstance(e, ConnectionDown)]
-    assert [e.reason for e in down] == ["the gateway said goodbye"]
+    assert [e.reason for e in down] == ["the peer said goodbye"]
     # the portal still allows it, so the next packet builds everything anew
     system.ask(b"b")
     assert system.world.run_until(lambda: system.answers[-1] == b"b", 3.0)

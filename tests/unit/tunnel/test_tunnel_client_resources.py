@@ -1,6 +1,6 @@
 """Resources of a client and the configuration that follows from them (spec/tunnel.md §4, §13).
 
-Numbers in docstrings are items of spec/tunnel.md §23.
+`shows` marks name items of spec/tunnel.md §23.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fz_core.portal.types import (
 from fz_core.tunnel.events import (
     ResourceActivated,
     ResourceDeactivated,
+    ResourcesChanged,
     TunConfigChanged,
 )
 
@@ -39,6 +40,7 @@ def config_routes(client: Client) -> list[set[Any]]:
 # routes and configuration
 
 
+@pytest.mark.shows(18)
 def test_routes_follow_the_resources() -> None:
     """spec/tunnel.md §23 item 18."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -72,6 +74,7 @@ def test_default_routes_only_while_the_internet_resource_is_present_and_on() -> 
     assert client.send("1.1.1.1") is DropReason.UNKNOWN_RESOURCE
 
 
+@pytest.mark.shows(29)
 def test_only_the_last_state_of_the_configuration_is_seen() -> None:
     """spec/tunnel.md §23 item 29."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -88,6 +91,7 @@ def test_only_the_last_state_of_the_configuration_is_seen() -> None:
 # resources
 
 
+@pytest.mark.shows(34)
 def test_a_new_name_changes_nothing_but_the_name() -> None:
     """spec/tunnel.md §4 upsert; §23 item 34."""
     client = Client(cidr(1, "10.0.0.0/8", Filter("tcp", 80, 80), Filter("icmp")))
@@ -103,7 +107,9 @@ def test_a_new_name_changes_nothing_but_the_name() -> None:
     client.give(build_tcp(OWN4.packed, packed("10.0.0.1"), 1000, 80, flags=2))
     assert client.asked() == [uuid(1)]
     client.tell(c.ResourceCreatedOrUpdated(renamed))
-    assert client.events() == []
+    told = client.events()
+    assert [type(event) for event in told] == [ResourcesChanged]
+    assert [(view.name, view.sites) for view in told[0].resources] == [("renamed", ("renamed site",))]
     assert client.state.resources.get(uuid(1)) == renamed
     client.give(build_tcp(OWN4.packed, packed("10.0.0.1"), 1000, 80, flags=2, seq=9))
     assert client.asked() == []  # the pending request was kept

@@ -95,13 +95,6 @@ def test_an_allowing_wide_network_beats_a_denying_narrow_one() -> None:
     assert chosen(routes, "10.1.0.1", UDP, 81) == ("narrow", False)
 
 
-def test_rank_comes_before_prefix_length() -> None:
-    routes = RoutingTable()
-    routes.add(Route(ip_network("100.96.0.1/32"), "wildcard", FilterSet(()), rank=(0,)))
-    routes.add(Route(ip_network("100.96.0.0/16"), "exact", FilterSet(()), rank=(1,)))
-    assert chosen(routes, "100.96.0.1", TCP, 80) == ("exact", True)
-
-
 def test_families_do_not_mix() -> None:
     routes = table(("::/0", "six", []), ("0.0.0.0/0", "four", []))
     assert chosen(routes, "1.2.3.4", UDP, 1) == ("four", True)
@@ -118,7 +111,8 @@ def test_cached_answers_disappear_with_any_change() -> None:
     assert chosen(routes, "10.1.0.1", TCP, 80) == ("narrow", True)
     routes.remove_resource("narrow")
     assert chosen(routes, "10.1.0.1", TCP, 80) == ("wide", True)
-    routes.remove(lambda r: True)
+    for resource_id in ("wide", "new"):
+        routes.remove_resource(resource_id)
     assert chosen(routes, "10.1.0.1", TCP, 80) is None
     assert routes.networks() == set()
 

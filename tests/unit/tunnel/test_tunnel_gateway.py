@@ -1,6 +1,6 @@
 """The gateway's side: who may reach what, for how long, and what a refusal looks like.
 
-Numbers in docstrings are items of spec/tunnel.md §23.
+`shows` marks name items of spec/tunnel.md §23.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fz_core.tunnel.events import (
     AccessGranted,
     ConnectionDown,
     ConnectionUp,
+    ResolveName,
     SendToPortal,
     TunConfigChanged,
 )
@@ -45,6 +46,7 @@ from tests.sim.system import EPOCH, Scenario, System
 # which packets pass
 
 
+@pytest.mark.shows(71)
 def test_filters_and_prefixes_decide() -> None:
     """spec/tunnel.md §23 item 71, in both directions."""
     access = Access(cidr(1, "10.0.0.0/8", Filter(TCP, 80, 90)), cidr(2, "10.1.0.0/16", Filter(UDP, 53, 53)))
@@ -61,6 +63,7 @@ def test_filters_and_prefixes_decide() -> None:
     assert access.tcp("10.1.0.1", 80) == PASSED
 
 
+@pytest.mark.shows(71)
 def test_random_resources_against_a_simple_reading_of_the_rules() -> None:
     """spec/tunnel.md §23 item 71."""
     random = Random(7)
@@ -96,6 +99,7 @@ def test_both_families() -> None:
     assert access.answer("2001:db8::1") is None
 
 
+@pytest.mark.shows(74)
 def test_the_gateways_own_address_needs_no_grant() -> None:
     """spec/tunnel.md §23 item 74."""
     access = Access(cidr(1, "10.0.0.0/24"))
@@ -120,6 +124,7 @@ def test_multicast_is_ignored() -> None:
     assert access.state.drops[DropReason.MULTICAST] == 2
 
 
+@pytest.mark.shows(78)
 def test_errors_sent_by_a_client_are_refused() -> None:
     """spec/tunnel.md §23 item 78."""
     access = Access(cidr(1, "10.0.0.0/24"))
@@ -163,6 +168,7 @@ def test_strange_packets_from_tun() -> None:
 # the internet resource
 
 
+@pytest.mark.shows(76)
 def test_the_internet_resource() -> None:
     """spec/tunnel.md §23 item 76."""
     access = Access(InternetResource(uuid(9)), cidr(1, "10.0.0.0/24"))
@@ -184,6 +190,7 @@ def test_the_internet_resource() -> None:
     assert access.udp("10.0.0.1") == PASSED
 
 
+@pytest.mark.shows(77)
 def test_clients_do_not_reach_each_other() -> None:
     """spec/tunnel.md §23 item 77."""
     access = Access(InternetResource(uuid(9)), clients=2)
@@ -250,6 +257,7 @@ def test_updated_filters_apply_to_every_client_that_has_the_resource() -> None:
         assert access.give(build_udp(own, packed("10.0.0.1"), 1, 81, b""), client) == PASSED
 
 
+@pytest.mark.shows(72)
 def test_each_grant_expires_on_its_own() -> None:
     """spec/tunnel.md §23 item 72."""
     access = Access()
@@ -267,6 +275,7 @@ def test_each_grant_expires_on_its_own() -> None:
     assert access.answer("10.0.0.1") is DropReason.NO_PEER_STATE
 
 
+@pytest.mark.shows(73)
 def test_a_past_expiry_holds_until_the_next_tick() -> None:
     """spec/tunnel.md §23 item 73."""
     access = Access(cidr(1, "10.0.0.0/24"), cidr(2, "10.0.1.0/24"))
@@ -331,6 +340,7 @@ def test_reject_access_of_the_last_resource_says_goodbye() -> None:
     assert access.state.poll_timeout() is not None  # relays
 
 
+@pytest.mark.shows(79, 80)
 def test_init_takes_away_what_it_does_not_list() -> None:
     """spec/tunnel.md §23 items 79 and 80."""
     access = Access(cidr(1, "10.0.0.0/24"), cidr(2, "10.0.1.0/24"), clients=2)
@@ -440,16 +450,52 @@ def assigned(resource_id: str, domain: str) -> Packet:
     return control.AssignedIps(resource_id, domain, (ip_address("100.96.0.1"),)).build()
 
 
-@pytest.mark.parametrize("granted", [True, False])
-def test_a_name_is_answered_inactive(granted: bool) -> None:
-    """docs/deviations.md: DNS resources."""
-    access = Access(*([DnsResource(uuid(3), "*.example.com", "dns")] if granted else [cidr(1, "10.0.0.0/24")]))
-    assert access.give_control(assigned(uuid(3), "a.example.com")) == {
-        "resource": uuid(3),
-        "domain": "a.example.com",
-        "status": "Inactive",
-    }
+@pytest.mark.parametrize(
+    "granted", [DnsResource(uuid(3), "*.other.com", "dns"), DnsResource(uuid(3), "***", "dns"), cidr(3, "10.0.0.0/24")]
+)
+def test_a_name_the_client_may_not_use_is_answered_inactive(granted: Any) -> None:
+    """spec/tunnel.md §15.1: not granted, not matching, no pattern, no DNS resource."""
+    access = Access(granted)
+    for resource_id in (uuid(3), uuid(4)):
+        assert access.give_control(assigned(resource_id, "a.example.com")) == {
+            "resource": resource_id,
+            "domain": "a.example.com",
+            "status": "Inactive",
+        }
     assert access.udp("100.96.0.1") == PROHIBITED
+    assert [e for e in access.system.gateway.events if isinstance(e, ResolveName)] == []
+
+
+def test_a_name_is_answered_active_even_without_addresses() -> None:
+    access = Access(DnsResource(uuid(3), "*.example.com", "dns"))
+    access.system.gateway.zone = {"a.example.com": (), "slow.example.com": None}
+    assert access.give_control(assigned(uuid(3), "a.example.com"))["status"] == "Active"
+    assert access.udp("100.96.0.1") == UNREACHABLE
+    assert access.give_control(assigned(uuid(3), "slow.example.com"))["status"] == "Inactive"
+
+
+def test_proxies_outside_their_range_are_no_way_around_the_list() -> None:
+    """spec/tunnel.md §24: a granted name must not open any other address."""
+    access = Access(DnsResource(uuid(3), "*.example.com", "dns"))
+    access.system.gateway.zone = {"a.example.com": ("10.20.0.80",)}
+    for bad in ("10.20.0.80", "100.64.0.77", "100.100.111.1", "fd00:2021:1111::7", "8.8.8.8"):
+        control_packet = control.AssignedIps(uuid(3), "a.example.com", (ip_address(bad),)).build()
+        assert access.give(control_packet) is DropReason.BAD_CONTROL
+        assert access.udp(bad) == PROHIBITED
+    many = tuple(ip_address(f"100.96.0.{n}") for n in range(1, 18))
+    assert access.give(control.AssignedIps(uuid(3), "a.example.com", many).build()) is DropReason.BAD_CONTROL
+    assert access.give(control.AssignedIps(uuid(3), "a.example.com", ()).build()) is DropReason.BAD_CONTROL
+
+
+def test_look_ups_of_one_client_are_bounded_and_joined() -> None:
+    """spec/tunnel.md §24."""
+    access = Access(DnsResource(uuid(3), "*.example.com", "dns"))
+    for number in range(400):
+        for _ in range(3):
+            access.system.client.send(assigned(uuid(3), f"{number}.example.com"))
+    access.world.run_for(1.0)
+    assert len([e for e in access.system.gateway.events if isinstance(e, ResolveName)]) <= 400
+    assert access.state.drops[DropReason.DNS_BUSY] > 0
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ipaddress import ip_address, ip_network
 
+import pytest
+
 from fz_core.packet import Packet, build_tcp, build_udp
 from fz_core.tunnel import control
-from fz_core.tunnel.authorizations import PendingAuthorizations
+from fz_core.tunnel.authorizations import BUFFERED_QUERIES, MAX_PENDING, AccessKey, PendingAuthorizations
 from fz_core.tunnel.buffers import PacketBuffer
 from fz_core.tunnel.candidates import CandidateOutbox
 from fz_core.tunnel.gateways import Gateways
@@ -50,21 +52,51 @@ def test_a_full_buffer_overwrites_the_oldest() -> None:
 
 def test_access_is_requested_at_once_and_then_every_two_seconds_of_traffic() -> None:
     pending = PendingAuthorizations()
-    asked = [pending.trigger("r", udp_packet(bytes([n])), 100.0 + n * 0.5) for n in range(10)]
+    key = AccessKey("r")
+    asked = [pending.trigger(key, 100.0 + n * 0.5, packet=udp_packet(bytes([n]))) for n in range(10)]
     assert [n * 0.5 for n, was in enumerate(asked) if was] == [0.0, 2.0, 4.0]
-    packets = pending.resolve("r")
-    assert packets is not None
-    assert len(packets) == 10
-    assert pending.resolve("r") is None
+    waiting = pending.resolve(key)
+    assert waiting is not None
+    assert (len(waiting.packets), waiting.queries) == (10, [])
+    assert pending.resolve(key) is None
 
 
 def test_resources_are_requested_independently() -> None:
     pending = PendingAuthorizations()
-    assert pending.trigger("a", None, 1.0)
-    assert pending.trigger("b", None, 1.1)
-    pending.drop("a")
-    assert pending.trigger("a", None, 1.2)
-    assert not pending.trigger("b", None, 1.3)
+    a, b = AccessKey("a"), AccessKey("b")
+    assert pending.trigger(a, 1.0)
+    assert pending.trigger(b, 1.1)
+    pending.drop(a)
+    assert pending.trigger(a, 1.2)
+    assert not pending.trigger(b, 1.3)
+
+
+@pytest.mark.shows(22, 24)
+def test_devices_are_requested_independently_of_their_pool_and_of_each_other() -> None:
+    pending = PendingAuthorizations()
+    keys = [AccessKey("pool", b"\x64\x40\0\1"), AccessKey("pool", b"\x64\x40\0\2"), AccessKey("other", b"\x64\x40\0\1")]
+    assert all(pending.trigger(key, 1.0) for key in (*keys, AccessKey("resource")))
+    assert set(pending.devices(b"\x64\x40\0\1")) == {keys[0], keys[2]}
+    pending.drop(keys[0])
+    assert pending.trigger(keys[0], 1.1)
+    assert not pending.trigger(AccessKey("resource"), 1.2)
+    pending.drop_resource("pool")
+    assert [key in pending for key in keys] == [False, False, True]
+    assert not pending.trigger(AccessKey("resource"), 2.9)
+    assert pending.trigger(AccessKey("resource"), 3.0)
+
+
+def test_queries_wait_too_and_everything_is_bounded() -> None:
+    pending = PendingAuthorizations()
+    for number in range(BUFFERED_QUERIES + 1):
+        pending.trigger(AccessKey("r"), 1.0, query=number)
+    waiting = pending.resolve(AccessKey("r"))
+    assert waiting is not None
+    assert waiting.queries == list(range(1, BUFFERED_QUERIES + 1))
+    for number in range(MAX_PENDING + 5):
+        pending.trigger(AccessKey("pool", number.to_bytes(4, "big")), 1.0)
+    assert AccessKey("pool", (4).to_bytes(4, "big")) not in pending
+    assert AccessKey("pool", (5).to_bytes(4, "big")) in pending
 
 
 A = "candidate:1 1 udp 100 10.0.0.1 5 typ host"
