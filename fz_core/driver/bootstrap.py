@@ -1,0 +1,111 @@
+"""Names we need before, and while, the tunnel answers the host's questions: portal and DoH servers.
+
+The host's resolver would ask the tunnel, so its servers are asked directly, past the tunnel.
+Source: `spec/tunnel.md` §18, `spec/io.md` §4, `spec/binaries.md` §3.6.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import dns.exception
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdatatype
+import trio
+
+from fz_core.driver.dns_client import DNS_PORT, DnsFailed, exchange
+from fz_core.driver.hosts_file import HostsFile
+from fz_core.packet import Address
+
+QUERY_TIMEOUT = 2.0
+MAX_ADDRESSES = 64
+TYPES = (dns.rdatatype.A, dns.rdatatype.AAAA)
+
+
+async def resolve_host(
+    host: str,
+    servers: Sequence[bytes],
+    hosts: Path = Path("/etc/hosts"),
+    *,
+    port: int = DNS_PORT,
+    marked: bool = True,
+) -> tuple[str, ...]:
+    """IPs of a host, sorted, then those of the hosts file; maybe none. DnsFailed if there is nobody to ask.
+
+    Every server is asked for both families at once, over UDP and, if no address came and not everybody
+    said that the name does not exist, over TCP; 2 s each.
+    """
+    with suppress(ValueError):
+        return (str(ipaddress.ip_address(host.strip("[]"))),)
+    local = tuple(str(ipaddress.ip_address(ip)) for ip in await HostsFile(hosts).lookup(host))
+    if not servers:
+        if local:
+            return local
+        raise DnsFailed(f"cannot resolve {host}: no name server is known")
+    found = await _ask_all(host, [Address(ip, port) for ip in servers], marked)
+    ordered = sorted(found, key=lambda ip: (len(ip), ip))[:MAX_ADDRESSES]
+    return tuple(dict.fromkeys((*(str(ipaddress.ip_address(ip)) for ip in ordered), *local)))
+
+
+async def _ask_all(host: str, servers: Sequence[Address], marked: bool) -> set[bytes]:
+    found, is_denied = await _round(host, servers, tcp=False, marked=marked)
+    if not found and not is_denied:
+        found, _ = await _round(host, servers, tcp=True, marked=marked)
+    return found
+
+
+async def _round(host: str, servers: Sequence[Address], *, tcp: bool, marked: bool) -> tuple[set[bytes], bool]:
+    """All addresses the servers know, and whether each of them denied the name."""
+    found: set[bytes] = set()
+    denials: list[bool] = []
+
+    async def ask(server: Address, rdtype: dns.rdatatype.RdataType) -> None:
+        is_denied = False
+        with suppress(DnsFailed):
+            response = await ask_server(server, host, rdtype, tcp=tcp, timeout=QUERY_TIMEOUT, marked=marked)
+            is_denied = response.rcode() == dns.rcode.NXDOMAIN
+            if response.rcode() == dns.rcode.NOERROR:
+                found.update(addresses_in(response))
+        denials.append(is_denied)
+
+    async with trio.open_nursery() as nursery:
+        for server in servers:
+            for rdtype in TYPES:
+                nursery.start_soon(ask, server, rdtype)
+    return found, all(denials)
+
+
+async def ask_server(
+    server: Address, name: str, rdtype: dns.rdatatype.RdataType, *, tcp: bool, timeout: float, marked: bool
+) -> dns.message.Message:
+    """One question of our own. DnsFailed also for a reply that does not decode."""
+    try:
+        query = dns.message.make_query(name, rdtype, id=secrets.randbelow(65_536)).to_wire()
+    except dns.exception.DNSException:
+        raise DnsFailed(f"cannot resolve {name!r}: it is no valid name") from None
+    reply = await exchange(server, query, tcp=tcp, timeout=timeout, marked=marked)
+    return parse_untrusted(reply, server)
+
+
+def parse_untrusted(reply: bytes, server: Address) -> dns.message.Message:
+    """A reply as an object. DnsFailed if it does not decode."""
+    try:
+        return dns.message.from_wire(reply, ignore_trailing=True)
+    except (dns.exception.DNSException, ValueError, IndexError):
+        raise DnsFailed(f"{server}: the reply does not decode") from None
+
+
+def addresses_in(response: dns.message.Message) -> list[bytes]:
+    """Packed addresses of the answer section, whatever name they belong to."""
+    return [
+        ipaddress.ip_address(record.address).packed
+        for rrset in response.answer
+        if rrset.rdtype in TYPES and rrset.rdclass == dns.rdataclass.IN
+        for record in rrset
+    ]

@@ -1,0 +1,240 @@
+"""DNS over HTTPS, outside the tunnel (RFC 8484, GET; `spec/tunnel.md` §10).
+
+    doh = DohClient(lambda: system_resolvers)
+    nursery.start_soon(doh.run)
+    reply = await doh.exchange("https://dns.example/dns-query", query)     # or DnsFailed
+
+A server is made ready in the background: its name is resolved past the tunnel, and one connection opened.
+Until then every query fails at once, so that nobody waits for a server that may not exist. Connections the
+server closed in between are replaced within the query that finds out.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import math
+import ssl
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpcore
+import structlog
+import trio
+
+from fz_core.dns.messages import Query, is_reply_to, with_id
+from fz_core.driver.bootstrap import resolve_host
+from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, MAX_MESSAGE, DnsFailed, DnsTimeout, TooBusy
+from fz_core.driver.marked_http import MarkedBackend, MarkedStream, connect_marked
+
+QUERY_TIMEOUT = 5.0
+BOOTSTRAP_TIMEOUT = 5.0
+MAX_BOOTSTRAPS = 10
+MAX_CONNECTIONS = 8
+CONTENT_TYPE = b"application/dns-message"
+HAS_HTTP2 = importlib.util.find_spec("h2") is not None
+
+log = structlog.get_logger("doh")
+
+
+class DohClient:
+    """Queries to any number of DoH servers. `servers` gives the host's own resolvers, to find those.
+
+    Certificates are checked against the system's roots (or SSL_CERT_FILE) unless `tls` is given. `run` must
+    run beside it.
+    """
+
+    def __init__(
+        self,
+        servers: Callable[[], Sequence[bytes]],
+        *,
+        marked: bool = True,
+        tls: ssl.SSLContext | None = None,
+        hosts: Path = Path("/etc/hosts"),
+        dns_port: int = DNS_PORT,
+    ) -> None:
+        self._servers, self._marked, self._tls = servers, marked, tls
+        self._hosts, self._dns_port = hosts, dns_port
+        self._ready: dict[str, _Server] = {}
+        self._starting: set[str] = set()
+        self._work, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
+        self._scopes: set[trio.CancelScope] = set()
+        self._generation = 0
+
+    async def run(self) -> None:
+        """Make servers ready in the background until cancelled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                async for job in self._todo:
+                    nursery.start_soon(job)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.aclose()
+
+    def prepare(self, urls: Iterable[str]) -> None:
+        """These are the servers now: make them ready before the first query, and forget all others."""
+        urls = tuple(urls)
+        for url in [u for u in self._ready if u not in urls]:
+            self._retire(url)
+        for url in urls:
+            if url not in self._ready:
+                self._start(url)
+
+    async def exchange(self, url: str, query: bytes) -> bytes:
+        """The reply under the query's id. DnsFailed at once while the server is not ready."""
+        parsed = Query.parse_untrusted(with_id(query, 0))
+        if parsed is None:
+            raise DnsFailed("not a DNS query")
+        server = self._ready.get(url)
+        if server is None:
+            self._start(url)
+            raise DnsFailed(f"{url} is bootstrapping")
+        if len(self._scopes) >= MAX_IN_FLIGHT:
+            raise TooBusy(f"{MAX_IN_FLIGHT} DoH queries are under way already")
+        reply = await self._ask(url, server, parsed)
+        return with_id(reply, int.from_bytes(query[:2], "big"))
+
+    def reset(self) -> None:
+        """The network changed: fail what is under way, and make the servers ready again."""
+        self._generation += 1
+        self._starting.clear()
+        for scope in self._scopes:
+            scope.cancel()
+        for url in tuple(self._ready):
+            self._retire(url)
+            self._start(url)
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        for server in self._ready.values():
+            await server.aclose()
+        self._ready.clear()
+
+    async def _ask(self, url: str, server: _Server, query: Query) -> bytes:
+        scope = trio.CancelScope()
+        self._scopes.add(scope)
+        try:
+            with scope, trio.fail_after(QUERY_TIMEOUT), server:
+                return await server.ask(query)
+        except trio.TooSlowError:
+            self._start(url)  # maybe the path is dead; the old connection serves until the new one stands
+            raise DnsTimeout(f"no answer from {url} within {QUERY_TIMEOUT:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            if self._ready.get(url) is server:
+                self._retire(url)
+            self._start(url)
+            raise DnsFailed(f"{url}: {_one_line(error)}") from None
+        finally:
+            self._scopes.discard(scope)
+            self._close_if_unused(server)
+        raise DnsFailed("the network was reset")
+
+    def _start(self, url: str) -> None:
+        if url not in self._starting and len(self._starting) < MAX_BOOTSTRAPS:
+            self._starting.add(url)
+            self._work.send_nowait(partial(self._bootstrap, url, self._generation))
+
+    def _retire(self, url: str) -> None:
+        server = self._ready.pop(url)
+        server.is_retired = True
+        self._close_if_unused(server)
+
+    def _close_if_unused(self, server: _Server) -> None:
+        if server.is_retired and not server.users:
+            self._work.send_nowait(server.aclose)
+
+    async def _bootstrap(self, url: str, generation: int) -> None:
+        found: _Server | None = None
+        try:
+            with trio.fail_after(BOOTSTRAP_TIMEOUT):
+                found = await self._open(url)
+            log.debug("DoH server is ready", url=url)
+        except trio.TooSlowError:
+            log.debug("DoH server is not reachable", url=url, error=f"no answer within {BOOTSTRAP_TIMEOUT:g} s")
+        except (DnsFailed, OSError, ValueError, httpcore.NetworkError, httpcore.TimeoutException) as error:
+            log.debug("DoH server is not reachable", url=url, error=_one_line(error))
+        if generation != self._generation:  # reset meanwhile: the next bootstrap is under way
+            if found is not None:
+                await found.aclose()
+            return
+        self._starting.discard(url)
+        if url in self._ready:
+            self._retire(url)
+        if found is not None:
+            self._ready[url] = found
+
+    async def _open(self, url: str) -> _Server:
+        host, port = _endpoint(url)
+        addresses = await resolve_host(host, self._servers(), self._hosts, port=self._dns_port, marked=self._marked)
+        if not addresses:
+            raise DnsFailed(f"no addresses for {host}")
+        context = self._tls
+        if context is None:  # reads files
+            context = await trio.to_thread.run_sync(ssl.create_default_context)
+        context.set_alpn_protocols(["h2", "http/1.1"] if HAS_HTTP2 else ["http/1.1"])
+        plain = await connect_marked(addresses, port, self._marked, None)
+        first = await plain.start_tls(context, host)
+        assert isinstance(first, MarkedStream)
+        return _Server(url, MarkedBackend(addresses, self._marked, first), context)
+
+
+class _Server:
+    """The connections to one server; as a context, it counts its users."""
+
+    def __init__(self, url: str, backend: MarkedBackend, tls: ssl.SSLContext) -> None:
+        self._url, self._backend = url, backend
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=tls, max_connections=MAX_CONNECTIONS, http2=HAS_HTTP2, network_backend=backend
+        )
+        self.users = 0
+        self.is_retired = False
+
+    def __enter__(self) -> None:
+        self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.users -= 1
+
+    async def aclose(self) -> None:
+        """Close all connections; harmless when repeated."""
+        with trio.CancelScope(shield=True):
+            await self._backend.aclose()
+            await self._pool.aclose()
+
+    async def ask(self, query: Query) -> bytes:
+        """One query. A kept connection may have ended just now, so a second one is tried."""
+        try:
+            return await self._get(query)
+        except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
+            return await self._get(query)
+
+    async def _get(self, query: Query) -> bytes:
+        encoded = base64.urlsafe_b64encode(query.data).rstrip(b"=").decode()
+        headers = [("Host", urlsplit(self._url).netloc), ("Accept", CONTENT_TYPE.decode())]
+        async with self._pool.stream("GET", f"{self._url}?dns={encoded}", headers=headers) as response:
+            kind = next((v for name, v in response.headers if name.lower() == b"content-type"), b"nothing")
+            if response.status != 200:
+                raise DnsFailed(f"{self._url} answered with status {response.status}")
+            if kind != CONTENT_TYPE:
+                raise DnsFailed(f"{self._url} answered with content type {kind[:80]!r}")
+            body = bytearray()
+            async for part in response.aiter_stream():
+                body += part
+                if len(body) > MAX_MESSAGE:
+                    raise DnsFailed(f"{self._url} answered with more than {MAX_MESSAGE} bytes")
+        if not is_reply_to(query, bytes(body)):
+            raise DnsFailed(f"{self._url} answered another question")
+        return bytes(body)
+
+
+def _endpoint(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname or parts.query or not url.isascii():
+        raise DnsFailed(f"{url} is no DoH server: use https://host/path")
+    return parts.hostname, parts.port or 443
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
