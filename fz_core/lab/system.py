@@ -326,14 +326,16 @@ class System:
 
     # use
 
-    def fetch(self, megabytes: float, *, client: int = 0, family: int = 4, timeout: float = 60.0) -> Fetch:
-        """Fetch the document through the tunnel and check it. LabError if it does not come."""
+    def fetch(
+        self, megabytes: float, *, client: int = 0, family: int = 4, timeout: float = 60.0, name: str | None = None
+    ) -> Fetch:
+        """Fetch the document through the tunnel, by address or `name`, and check it. LabError if it does not come."""
         count = int(megabytes * 1_000_000)
-        target = "10.20.0.80" if family == 4 else "[fd20::80]"
+        target = name or ("10.20.0.80" if family == 4 else "[fd20::80]")
         report = "%{http_code} %{size_download} %{time_starttransfer} %{time_total}"
         path = self.lab.folder / f"download-{client}"
         result = self.clients[client].host.run(
-            "curl", "-sS", "--max-time", str(timeout), "-o", str(path), "-w", report,
+            "curl", f"-{family}", "-sS", "--max-time", str(timeout), "-o", str(path), "-w", report,
             f"http://{target}/bytes?num={count}", check=False, timeout=timeout + 5,
         )  # fmt: skip
         if result.returncode != 0:

@@ -35,6 +35,7 @@ CLONE_NEWNET = 0x40000000
 NETNS_FOLDER, ETC_FOLDER = Path("/run/netns"), Path("/run/fz-lab")
 _numbers = itertools.count()
 REAL_ETC = ".real"
+NSSWITCH = "passwd: files\ngroup: files\nhosts: files dns\n"  # never the real machine's systemd-resolved
 MOUNT_ETC = f'mount -o bind,ro /etc "$0/{REAL_ETC}" && mount --rbind "$0" /etc && exec "$@"'
 NAT_FLAVOURS = ("none", "cone", "symmetric")
 SYSCTLS = (
@@ -129,6 +130,11 @@ class Host(Namespace):
     ipv6: str | None = None
     device = "eth0"
 
+    def add_address(self, ip: str) -> None:
+        """One more address on its only cable, of a network it is already in."""
+        flags = ["nodad"] if ":" in ip else []
+        self.ip("addr", "add", f"{ip}/{64 if ':' in ip else 24}", "dev", self.device, *flags)
+
     def write_etc(self, name: str, text: str) -> None:
         """Write /etc/<name> of this machine.
 
@@ -159,6 +165,7 @@ class Host(Namespace):
                 shutil.copy2(entry, self._etc / entry.name, follow_symlinks=False)
             elif entry.is_dir():
                 (self._etc / entry.name).symlink_to(f"{REAL_ETC}/{entry.name}")
+        (self._etc / "nsswitch.conf").write_text(NSSWITCH)
 
     def _enter(self) -> list[str]:
         """`ip netns exec` gives every program a mount namespace of its own, so mounts need no undoing."""

@@ -169,6 +169,10 @@ def test_private_network_serves_the_known_document(lab: Lab) -> None:
         path = lab.folder / "document"
         gateway.run("curl", "-sSf", "-o", str(path), f"http://{target}/bytes?num=9000001")
         assert hashlib.sha256(path.read_bytes()).hexdigest() == document_digest(9000001)
+    web.add_address("10.20.0.81")
+    web.add_address("fd20::81")
+    for target in ("10.20.0.81", "[fd20::81]"):
+        gateway.run("curl", "-sSf", "-o", "/dev/null", f"http://{target}/bytes?num=1")
     status = gateway.run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://10.20.0.80/bytes?num=-1")
     assert status.stdout == "400"
 
@@ -304,6 +308,8 @@ def test_a_system_has_accounts_and_a_gateway_that_resolves_behind_itself(lab: La
     for client in (0, 1):
         eventually(system, 20.0, family=6, client=client)
     eventually(system, 20.0, client=0)
+    bob.host.write_etc("hosts", "10.20.0.80 app.example.com\n")
+    assert system.fetch(0.001, client=0, name="app.example.com").status == 200
     with pytest.raises(LabError):
         system.fetch(0.001, client=1, timeout=2.0)
     system.resources["app"] = dns_resource("no name")
