@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import trio
 
-from fz_core.dns.messages import Query, is_reply_to
+from fz_core.dns import Query, is_reply_to
 from fz_core.driver import clock
 from fz_core.driver.dns_client import QuerySocket
 from fz_core.packet import Address
@@ -110,8 +110,10 @@ class _SharedSocket:
         data = message_id.to_bytes(2, "big") + RD_QUESTION_AND_EDNS + question + EDNS
         try:
             self._opened.sock.send(data)
-        except (BlockingIOError, ConnectionRefusedError):
-            pass  # a full buffer, or the news of an earlier question: as if lost on the way
+        except ConnectionRefusedError:  # the news of an earlier question; this one was not sent
+            self._opened.sock.send(data)
+        except BlockingIOError:
+            pass  # a full buffer: as if lost on the way
         rdtype = int.from_bytes(question[-4:-2], "big")
         self._pending[message_id] = _Asked(Query(message_id, "", rdtype, CLASS_IN, data, question, False), on_done)
         self.asked += 1

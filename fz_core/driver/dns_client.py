@@ -13,7 +13,7 @@ from typing import Self
 
 import trio
 
-from fz_core.dns.messages import Query, is_reply_to
+from fz_core.dns import Query, is_reply_to
 from fz_core.linux import set_mark
 from fz_core.packet import Address
 

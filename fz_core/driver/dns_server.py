@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 import trio
 
-from fz_core.dns.messages import Query, build_error, truncate
+from fz_core.dns import Query, build_error, truncate
 from fz_core.driver.dns_client import DNS_PORT, DnsClient, DnsFailed, Frames
 from fz_core.driver.nameservers import Nameservers
 from fz_core.linux import HostError

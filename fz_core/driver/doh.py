@@ -24,7 +24,7 @@ import httpcore
 import structlog
 import trio
 
-from fz_core.dns.messages import Query, is_reply_to, with_id
+from fz_core.dns import Query, is_reply_to, with_id
 from fz_core.driver.bootstrap import resolve_host
 from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, MAX_MESSAGE, DnsFailed, DnsTimeout, TooBusy
 from fz_core.driver.marked_http import MarkedBackend, MarkedStream, connect_marked

@@ -24,7 +24,7 @@ import dns.message
 import dns.rdatatype
 import trio
 
-from fz_core.dns.gateway_cache import AddressCache
+from fz_core.dns import AddressCache
 from fz_core.dns.wire import write_name
 from fz_core.driver import clock
 from fz_core.driver.bootstrap import parse_untrusted
@@ -79,7 +79,8 @@ class NameResolver:
         now: Callable[[], float] = clock.now,
     ) -> None:
         self._servers = tuple(Address(ip, port) for ip in servers)
-        self._hosts, self._userspace, self._marked, self._now = HostsFile(hosts), userspace, marked, now
+        self._hosts = HostsFile(hosts, now=now)
+        self._userspace, self._marked, self._now = userspace, marked, now
         self._batch = DnsBatch(marked=marked, now=now)
         self._cache = AddressCache(2 * MAX_NAMES)
         self._libc = LibcResolver(now)

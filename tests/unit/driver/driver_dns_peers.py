@@ -47,6 +47,11 @@ class Peer:
         """How the questions came, in order."""
         return [asked.transport for asked in self.asked]
 
+    def close(self) -> None:
+        """Instead of `run`: nobody listens on the port any more."""
+        self._udp.close()
+        self._tcp.close()
+
     async def run(self) -> None:
         with self._udp, self._tcp:
             async with trio.open_nursery() as nursery:
