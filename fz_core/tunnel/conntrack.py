@@ -27,7 +27,7 @@ class ConnTrack:
     def handle_outbound(self, packet: Packet, now: float) -> None:
         """A packet goes to the peer: the flow is ours, unless the peer opened it."""
         flow = sent(packet)
-        if flow in self._ours or not self._theirs.refresh(flow, now):
+        if not self._theirs.refresh(flow, now):
             self._ours.note(flow, now)
 
     def handle_inbound(self, packet: Packet, now: float) -> None:
@@ -86,9 +86,6 @@ class FlowTable:
     def __len__(self) -> int:
         return len(self._tcp) + len(self._other)
 
-    def __contains__(self, flow: Flow) -> bool:
-        return flow in self._queue(flow)
-
     def is_live(self, flow: Flow, now: float) -> bool:
         return self._queue(flow).is_live(flow, now)
 
@@ -104,7 +101,7 @@ class FlowTable:
         """Note traffic of a known or new flow."""
         if flow[1] < 0:
             return
-        if flow not in self:
+        if flow not in self._queue(flow):
             self.sweep(now)
             if len(self) >= self._capacity:
                 self._evict()

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fz_core.packet import (
     DropReason,
@@ -26,7 +26,7 @@ PROXIES = [ip_address(ip).packed for ip in ("100.96.0.1", "100.96.0.2", "fd00:20
 REALS = [ip_address(ip).packed for ip in ("192.0.2.1", "192.0.2.2", "2001:db8::1")]
 PORTS = [0, 1, 5000, 5001, 65534, 65535]
 FIN, RST = 0x01, 0x04
-FLAGS = [0x02, 0x10, 0x10 | FIN, RST]
+FLAGS = [0x02, 0x10, 0x10, 0x10 | FIN, 0x10 | FIN, RST]
 
 kinds = st.sampled_from(["udp", "tcp", "echo"])
 proxies = st.sampled_from(PROXIES)
@@ -104,6 +104,24 @@ class NatMachine(RuleBasedStateMachine):
         _, outside_port, known_real = known.outside
         assert (result.src, result.dst, result.src_port) == (own_ip(known_real), known_real, outside_port)
 
+    @precondition(lambda self: self.sessions)
+    @rule(which=st.integers(0, 99), real=reals, flags=tcp_flags)
+    def send_again(self, which: int, real: bytes, flags: int) -> None:
+        kind, port, proxy = list(self.sessions)[which % len(self.sessions)]
+        self.send(kind=kind, proxy=proxy, port=port, real=real, flags=flags)
+
+    @precondition(lambda self: self.sessions)
+    @rule(which=st.integers(0, 99), flags=tcp_flags)
+    def answer_known(self, which: int, flags: int) -> None:
+        kind, port, real = list(self.sessions.values())[which % len(self.sessions)].outside
+        self.answer(kind=kind, real=real, port=port, flags=flags)
+
+    @precondition(lambda self: self.sessions)
+    @rule(which=st.integers(0, 99))
+    def refuse_known(self, which: int) -> None:
+        kind, port, real = list(self.sessions.values())[which % len(self.sessions)].outside
+        self.refuse(kind=kind, real=real, port=port)
+
     @rule(kind=kinds, real=reals, port=numbers, flags=tcp_flags)
     def answer(self, kind: str, real: bytes, port: int, flags: int) -> None:
         outside = (kind, port, real)
@@ -148,6 +166,7 @@ class NatMachine(RuleBasedStateMachine):
             self.tick(max(deadline, self.now))
         self.tick(end)
 
+    @precondition(lambda self: len(self.sessions) > 6)
     @rule()
     def clear(self) -> None:
         self.nat.clear()

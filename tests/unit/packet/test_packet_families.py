@@ -338,6 +338,37 @@ def test_extensions_behind_the_quote_are_cut_off(version: int, rest: bytes) -> N
     assert parsed(result.data[at:]).payload == b"abcd"
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_extension_behind_a_cut_quote_is_no_payload(version: int) -> None:
+    src, dst = (A4, B4) if version == 4 else (A6, B6)
+    packet = build_udp(src, dst, 5, 6, b"x" * 300)
+    quote = packet.data[:128] + bytes.fromhex("2000aaaa 0008 0101 00010203")
+    rest = b"\0\x20\0\0" if version == 4 else b"\x10\0\0\0"
+    error = build_icmp(dst, src, 11 if version == 4 else 3, 0, rest + quote).icmp_error()
+    assert isinstance(error, IcmpError)
+    result = crossed(error)
+    assert isinstance(result, Packet)
+    told = result.data[48 + 48 :] if version == 4 else result.data[28 + 28 :]
+    assert told == b"x" * (128 - (28 if version == 4 else 48))
+
+
+@pytest.mark.parametrize("packet", [build_echo(A4, B4, 9), build_echo(A6, B6, 9), build_tcp(A4, B4, 5, 6)])
+def test_the_ports_stay_whatever_the_extension_claims(packet: Packet) -> None:
+    rest = b"\1\1\1\1"  # a quote of 4 or 8 bytes
+    result = crossed(error_about(packet, 11 if packet.version == 4 else 3, 0, rest))
+    assert isinstance(result, Packet)
+    again = result.icmp_error()
+    assert isinstance(again, IcmpError)
+    assert again.src_port == 77
+
+
+def test_a_udp_checksum_left_out_stays_so_in_a_quote() -> None:
+    packet = with_bytes(build_udp(A4, B4, 5, 6, b"abc"), 26, b"\0\0")
+    result = crossed(error_about(packet, 3, 3))
+    assert isinstance(result, Packet)
+    assert result.data[48 + 46 : 48 + 48] == b"\0\0"
+
+
 @pytest.mark.parametrize(("version", "length"), [(4, 0), (4, 27), (4, 65535), (6, 0), (6, 7), (6, 65535)])
 def test_a_quote_of_impossible_length_is_malformed(version: int, length: int) -> None:
     src, dst = (A4, B4) if version == 4 else (A6, B6)

@@ -97,6 +97,16 @@ def test_a_flow_that_lapsed_may_be_opened_by_the_other_side() -> None:
     assert not flows.is_peer_opened(ours(), 121.0)
 
 
+@pytest.mark.shows(68)
+def test_a_flow_of_ours_that_lapsed_unseen_stays_the_peers() -> None:
+    flows = ConnTrack()
+    flows.handle_outbound(ours(), 0.0)
+    flows.handle_inbound(theirs(), 130.0)
+    flows.handle_outbound(ours(), 131.0)
+    assert not flows.is_reply(theirs(), 132.0)
+    assert flows.is_peer_opened(ours(), 132.0)
+
+
 def error_about(quoted: Packet) -> Packet:
     return build_icmp_unreachable(quoted)
 

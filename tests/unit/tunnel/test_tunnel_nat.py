@@ -259,6 +259,16 @@ def test_a_reset_ends_the_session_at_the_next_tick(who: str) -> None:
     assert nat.translate_incoming(answer_to(packet), 2.0) is EXPIRED
 
 
+def test_fins_after_a_reset_prolong_nothing() -> None:
+    nat = NatTable(CLIENT)
+    packet = sent(nat, to_proxy("tcp", PROXY4, 5000, flags=SYN), REAL4)
+    received(nat, answer_to(packet, flags=RST | ACK))
+    received(nat, answer_to(packet, flags=FIN | ACK))
+    sent(nat, to_proxy("tcp", PROXY4, 5000, flags=FIN | ACK), REAL4, 0.5)
+    tick(nat, 1.0)
+    assert len(nat) == 0
+
+
 def test_a_reset_ends_an_unanswered_session_too() -> None:
     nat = NatTable(CLIENT)
     sent(nat, to_proxy("tcp", PROXY4, 5000, flags=SYN), REAL4)
@@ -467,6 +477,30 @@ def test_among_answered_sessions_the_longest_unused_goes() -> None:
     assert nat.evictions == 1
 
 
+def test_the_use_that_counts_is_the_last_one() -> None:
+    nat = NatTable(CLIENT, max_sessions=3)
+    packets = [sent(nat, to_proxy("udp", PROXY4, port), REAL4) for port in (1, 2, 3)]
+    for packet, at in zip(packets, (1.0, 2.0, 3.0), strict=True):
+        received(nat, answer_to(packet), at)
+    received(nat, answer_to(packets[0]), 4.0)
+    sent(nat, to_proxy("udp", PROXY4, 4), REAL4, 5.0)
+    assert nat.translate_incoming(answer_to(packets[1]), 5.0) is EXPIRED
+    received(nat, answer_to(packets[0]), 5.0)
+    received(nat, answer_to(packets[2]), 5.0)
+
+
+def test_a_closing_session_may_be_the_longest_unused() -> None:
+    nat = NatTable(CLIENT, max_sessions=2)
+    closing = sent(nat, to_proxy("tcp", PROXY4, 1, flags=SYN), REAL4)
+    received(nat, answer_to(closing, flags=FIN | ACK))
+    sent(nat, to_proxy("tcp", PROXY4, 1, flags=FIN | ACK), REAL4)
+    other = sent(nat, to_proxy("tcp", PROXY4, 2), REAL4)
+    received(nat, answer_to(other), 1.0)
+    sent(nat, to_proxy("tcp", PROXY4, 3), REAL4, 2.0)
+    assert nat.translate_incoming(answer_to(closing), 2.0) is EXPIRED
+    received(nat, answer_to(other), 2.0)
+
+
 def test_a_full_table_leaves_new_sessions_time_for_their_answer() -> None:
     nat = NatTable(CLIENT, max_sessions=64)
     for port in range(1, 65):
@@ -497,6 +531,17 @@ def test_the_memory_of_lapsed_sessions_is_bounded() -> None:
     assert len(nat) == 0
     assert nat.translate_incoming(answer_to(old), now) is None
     assert len(nat._lapsed) == 16
+
+
+def test_a_session_that_lapses_twice_is_remembered_from_the_second_time() -> None:
+    nat = NatTable(CLIENT, max_sessions=2)
+    for port, at in ((1, 0.0), (2, 60.0), (1, 120.0), (3, 180.0)):
+        packet = sent(nat, to_proxy("udp", PROXY4, port), REAL4, at)
+        tick(nat, at + 60.0)
+    packet.set_src_port(1)
+    assert nat.translate_incoming(answer_to(packet), 240.0) is EXPIRED
+    packet.set_src_port(2)
+    assert nat.translate_incoming(answer_to(packet), 240.0) is None
 
 
 @given(st.data(), st.sampled_from([1, 6, 17, 58, 47]), st.sampled_from([4, 6]), st.sampled_from(REALS))
