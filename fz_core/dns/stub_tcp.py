@@ -26,7 +26,7 @@ UNSENT_BEFORE_NEXT = 16_384  # more than this of replies on their way, and the n
 IDLE_TIMEOUT = 30.0
 BUSY_TIMEOUT = 60.0
 CLOSE_TIMEOUT = 10.0
-IDLE_BEFORE_EVICTION = 2.0
+IDLE_BEFORE_EVICTION = 1.0
 
 
 class _Endpoints(NamedTuple):
