@@ -73,6 +73,20 @@ class DohClient:
             with trio.CancelScope(shield=True):
                 await self.aclose()
 
+    @property
+    def in_flight(self) -> int:
+        """Queries without an answer so far."""
+        return len(self._scopes)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no server is being made ready."""
+        return not self._starting
+
+    def is_ready(self, url: str) -> bool:
+        """Whether queries to this server have a chance."""
+        return url in self._ready
+
     def prepare(self, urls: Iterable[str]) -> None:
         """These are the servers now: make them ready before the first query, and forget all others."""
         urls = tuple(urls)
