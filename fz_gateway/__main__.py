@@ -15,7 +15,7 @@ import structlog
 from fz_core.driver import ConfigError, Role, TunnelConfig, TunnelFailed, serve
 from fz_core.driver.health import HealthServer
 from fz_core.driver.logs import LogFilterError, configure
-from fz_core.driver.options import OptionParser, duration, hide_argument, socket_address, url
+from fz_core.driver.options import OptionParser, duration, feature_flag, hide_argument, socket_address, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, has_net_admin, raise_socket_buffers
 
 PROGRAM = "firezone-gateway"
@@ -23,6 +23,9 @@ VERSION = "1.6.1"
 EPILOG = """\
 The token is read from FIREZONE_TOKEN, else from the systemd credential FIREZONE_TOKEN. Forwarding and
 masquerading on this host are the administrator's: see docs/gateway.md for the rules.
+environment besides the options:
+  FZFF_GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS=false  resolve names with the system's functions, cached 30 s
+  FZFF_ICMP_UNREACHABLE_INSTEAD_OF_NAT64=true      no translation between IPv4 and IPv6
 exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 
@@ -92,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             version=VERSION,
             token=options.token if options.token is not None else credential(),
             max_partition_time=options.max_partition_time,
+            userspace_dns=feature_flag("GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS", True),
+            mix_families=not feature_flag("ICMP_UNREACHABLE_INSTEAD_OF_NAT64", False),
         )
         serve(config, HealthServer(options.health_check_addr))
     except (ConfigError, HostError) as error:

@@ -53,7 +53,7 @@ def parser() -> OptionParser:
         env="FIREZONE_DNS_CONTROL",
         choices=("systemd-resolved", "etc-resolv-conf", "disabled"),
         default="systemd-resolved",
-        help="how the host's DNS is pointed at our resolvers, of which there are none yet: nothing is changed",
+        help="how the host's DNS is pointed at the tunnel, so that names of resources resolve",
     )
     p.add_option(
         "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 token=token,
                 max_partition_time=options.max_partition_time,
                 internet_resource=options.activate_internet_resource,
+                dns_control=options.dns_control,
             )
         )
     except (ConfigError, HostError, LogFilterError) as error:

@@ -23,7 +23,13 @@ class TunnelFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TunnelConfig:
-    """One tunnel. `max_partition_time` is seconds without the portal before giving up; None: never."""
+    """One tunnel. `max_partition_time` is seconds without the portal before giving up; None: never.
+
+    Client: `dns_control` says how the host's DNS is pointed at the tunnel: `systemd-resolved`,
+    `etc-resolv-conf` or `disabled`. Gateway: `userspace_dns` resolves names with a cache that honours
+    their TTL instead of the system's functions; `mix_families` lets clients reach a name that has
+    addresses of one family only through both (NAT64 and NAT46).
+    """
 
     role: Role
     api_url: str
@@ -33,5 +39,8 @@ class TunnelConfig:
     token: str = field(repr=False)
     max_partition_time: float | None = None
     internet_resource: bool = False
+    dns_control: str = "disabled"
+    userspace_dns: bool = True
+    mix_families: bool = True
     tun_name: str = "tun-firezone"
     listen_port: int = 52625

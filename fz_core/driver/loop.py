@@ -90,7 +90,7 @@ class Loop:
             await self._sleep(self._deadline - now)
             return
         errors: list[Exception] = [e for udp in self._sockets for e in _errors_of(udp)]
-        self._run_commands(now)
+        self._run_commands(errors, now)
         if self._deadline <= now:
             self._state.handle_timeout(now)
             self._look_again_at = now
@@ -113,13 +113,16 @@ class Loop:
         with trio.move_on_after(seconds):
             await trio.lowlevel.wait_readable(self._poll.fileno())
 
-    def _run_commands(self, now: float) -> None:
+    def _run_commands(self, errors: list[Exception], now: float) -> None:
         try:
             os.eventfd_read(self._wakeup)
         except BlockingIOError:
             return
         for _ in range(len(self._commands)):
-            self._commands.popleft()(now)
+            try:
+                self._commands.popleft()(now)
+            except Exception as error:  # one message that makes us stumble must not cost all the others
+                errors.append(error)
 
     # reading
 

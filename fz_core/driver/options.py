@@ -88,6 +88,11 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
+def feature_flag(name: str, default: bool) -> bool:
+    """A feature flag of the environment, `FZFF_<name>`; anything but true and false counts as unset."""
+    return {"true": True, "false": False}.get(os.environ.get(f"FZFF_{name}", ""), default)
+
+
 def duration(text: str) -> float:
     """Seconds from `30s`, `5m`, `1h 30m`, `30d`; a number needs a unit."""
     seconds, position = 0.0, 0

@@ -21,7 +21,9 @@ import trio
 
 from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
+from fz_core.driver.client_names import ClientNames
 from fz_core.driver.config import ConfigError, Role, TunnelConfig, TunnelFailed
+from fz_core.driver.gateway_names import GatewayNames
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
 from fz_core.linux import (
@@ -31,6 +33,7 @@ from fz_core.linux import (
     NetworkMonitor,
     TunDevice,
     UdpSocket,
+    make_dns_control,
     os_version,
     read_smbios,
 )
@@ -47,12 +50,23 @@ from fz_core.portal import (
     gateway_channel,
     user_agent,
 )
-from fz_core.tunnel import ClientTunnel, GatewayTunnel, TunnelErrors
-from fz_core.tunnel.events import SendToPortal, TunConfigChanged, TunnelEvent
+from fz_core.tunnel import ClientTunnel, GatewayTunnel, PacketError, TunnelErrors
+from fz_core.tunnel.events import (
+    DnsDecision,
+    DnsRecordsChanged,
+    ForwardQuery,
+    PacketsDropped,
+    ResolveName,
+    ResourcesChanged,
+    SendToPortal,
+    TunConfigChanged,
+    TunnelEvent,
+)
 
 EVENT_QUEUE = 256
 COMPONENTS = {Role.CLIENT: "headless-client", Role.GATEWAY: "gateway"}
 RATE_LIMIT = 60.0
+DROPS_INTERVAL = 1.0
 
 log = structlog.get_logger("tunnel")
 
@@ -63,15 +77,18 @@ class Tunnel:
     def __init__(self, config: TunnelConfig) -> None:
         self._config = config
         private_key = PrivateKey(secrets.token_bytes(32))
-        kind = ClientTunnel if config.role is Role.CLIENT else GatewayTunnel
-        self._state: ClientTunnel | GatewayTunnel = kind(
-            private_key, clock.now(), clock.unix_epoch(), secrets.token_bytes
-        )
-        if isinstance(self._state, ClientTunnel):
+        start = (private_key, clock.now(), clock.unix_epoch(), secrets.token_bytes)
+        self._state: ClientTunnel | GatewayTunnel
+        if config.role is Role.CLIENT:
+            self._state = ClientTunnel(*start)
             self._state.set_internet_resource(config.internet_resource, clock.now())
+        else:
+            self._state = GatewayTunnel(*start, mix_families=config.mix_families)
         self._public_key = base64.b64encode(private_key.public).decode()
         self._login = _login(config)
         self._loop: Loop | None = None
+        self._names: ClientNames | GatewayNames | None = None
+        self._link: PortalLink | None = None
         self._is_stopping = False
         self._configs: trio.MemorySendChannel[TunConfigChanged]
         self._sender: trio.MemorySendChannel[TunnelEvent]
@@ -81,6 +98,7 @@ class Tunnel:
         self.is_joined = False
         self.is_configured = False
         self._logged_at: dict[str, float] = {}
+        self._drops_told_at = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -105,21 +123,34 @@ class Tunnel:
             interface = Interface(tun.name)
             await trio.to_thread.run_sync(interface.flush_tables)
             sockets = [stack.enter_context(s) for s in _bind_sockets(self._config.listen_port)]
-            channel = (
-                client_channel(secrets.token_bytes, self._config.max_partition_time)
-                if self._config.role is Role.CLIENT
-                else gateway_channel(secrets.token_bytes, self._config.max_partition_time)
-            )
-            link = PortalLink(self._login, channel, public_key=lambda: self._public_key)
             self._configs, configs = trio.open_memory_channel[TunConfigChanged](1024)
-            loop = self._loop = Loop(self._state, tun, sockets, lambda: self._hand_up(link), self._report)
+            loop = self._loop = Loop(self._state, tun, sockets, self._hand_up, self._report)
             if self._is_stopping:
                 loop.stop()
             try:
-                await self._run_tasks(loop, link, interface, configs)
+                names = self._names = await self._open_names(loop)
+                channel = (
+                    client_channel(secrets.token_bytes, self._config.max_partition_time)
+                    if self._config.role is Role.CLIENT
+                    else gateway_channel(secrets.token_bytes, self._config.max_partition_time)
+                )
+                self._link = PortalLink(
+                    self._login, channel, public_key=lambda: self._public_key, resolve=names.resolve_portal
+                )
+                await self._run_tasks(loop, self._link, interface, configs)
             finally:
                 self._loop = None
                 self._sender.close()
+                if isinstance(self._names, ClientNames):
+                    with trio.CancelScope(shield=True):
+                        await self._names.restore()
+
+    async def _open_names(self, loop: Loop) -> ClientNames | GatewayNames:
+        if isinstance(self._state, GatewayTunnel):
+            return GatewayNames(self._state, loop.submit, userspace=self._config.userspace_dns)
+        names = ClientNames(self._state, make_dns_control(self._config.dns_control), loop.submit)
+        await names.repair()
+        return names
 
     async def _run_tasks(
         self,
@@ -129,11 +160,13 @@ class Tunnel:
         configs: trio.MemoryReceiveChannel[TunConfigChanged],
     ) -> None:
         error: BaseException | None = None
+        assert self._names is not None
         try:
             async with trio.open_nursery() as nursery:
+                await nursery.start(self._names.run)
                 nursery.start_soon(link.run)
                 nursery.start_soon(self._listen, link, loop)
-                nursery.start_soon(self._configure, interface, configs)
+                nursery.start_soon(self._configure, interface, configs, self._names)
                 nursery.start_soon(_follow_network, interface)
                 await loop.run()
                 nursery.cancel_scope.cancel()
@@ -164,29 +197,47 @@ class Tunnel:
                 case Fatal(error):
                     raise TunnelFailed(error)
 
-    async def _configure(self, interface: Interface, configs: trio.MemoryReceiveChannel[TunConfigChanged]) -> None:
-        """Apply TUN configurations in order, off the loop: netlink may block."""
+    async def _configure(
+        self,
+        interface: Interface,
+        configs: trio.MemoryReceiveChannel[TunConfigChanged],
+        names: ClientNames | GatewayNames,
+    ) -> None:
+        """Apply TUN configurations in order, off the loop: netlink may block. Then DNS, which needs the addresses."""
         async for config in configs:
             await trio.to_thread.run_sync(_apply, interface, config)
             for warning in interface.warnings:
                 log.warning(warning)
             interface.warnings.clear()
+            await names.apply(self._config.tun_name, config)
+            if not self.is_configured:
+                log.debug("Tunnel ready")
             self.is_configured = True
-            log.debug("Tunnel ready")
 
-    def _hand_up(self, link: PortalLink) -> None:
+    def _hand_up(self) -> None:
         """Runs at the end of each turn: what the state has to say, to the portal, the kernel and the caller."""
         while (event := self._state.poll_event()) is not None:
-            if isinstance(event, SendToPortal):
-                link.send(event.message)
-                continue
-            if isinstance(event, TunConfigChanged):
-                self._configs.send_nowait(event)
+            match event:
+                case SendToPortal(message):
+                    if self._link is not None:
+                        self._link.send(message)
+                    continue
+                case ForwardQuery() | ResolveName():
+                    if self._names is not None:
+                        self._names.handle(event)
+                    continue
+                case TunConfigChanged():
+                    self._configs.send_nowait(event)
+                case ResourcesChanged() if isinstance(self._names, ClientNames):
+                    self._names.flush_caches()
             log_event(event)
-            try:
-                self._sender.send_nowait(event)
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                self.missed_events += 1
+            self._tell(event)
+
+    def _tell(self, event: TunnelEvent) -> None:
+        try:
+            self._sender.send_nowait(event)
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            self.missed_events += 1
 
     def _report(self, errors: TunnelErrors) -> None:
         """Drops are counted by the state; a line per kind and minute is enough for people."""
@@ -196,16 +247,27 @@ class Tunnel:
                 log.info("The host's firewall refuses our datagrams; tunnels may not work", error=str(error))
             if clock.now() - self._logged_at.get(kind, -RATE_LIMIT) >= RATE_LIMIT:
                 self._logged_at[kind] = clock.now()
-                log.debug(str(error))
+                if isinstance(error, (PacketError, OSError)):
+                    log.debug(str(error))
+                else:
+                    log.error("A message could not be handled", error=repr(error))
+        if clock.now() - self._drops_told_at >= DROPS_INTERVAL:
+            self._drops_told_at = clock.now()
+            self._tell(PacketsDropped(tuple(sorted(self.drops.items()))))
 
 
 def log_event(event: TunnelEvent) -> None:
     """One line for people."""
-    fields = {name: getattr(event, name) for name in event.__slots__}
     if isinstance(event, TunConfigChanged):
-        log.info("Updating TUN device", ipv4=event.ipv4, ipv6=event.ipv6, routes=len(event.routes))
+        servers = [server for _, server in event.sentinels]
+        log.info("Updating TUN device", ipv4=event.ipv4, ipv6=event.ipv6, routes=len(event.routes), dns=servers)
+    elif isinstance(event, ResourcesChanged):
+        log.debug("Resources changed", resources=len(event.resources), devices=len(event.devices))
+    elif isinstance(event, DnsRecordsChanged):
+        log.debug("DNS records changed", names=[record.name for record in event.records])
     else:
-        log.info(type(event).__name__, **fields)
+        level = log.debug if isinstance(event, DnsDecision) else log.info
+        level(type(event).__name__, **{name: getattr(event, name) for name in event.__slots__})
 
 
 def _login(config: TunnelConfig) -> Login:

@@ -153,8 +153,8 @@ class _Reader:
         group = self._reference(table, "group", groups, "groups = [...]", at)
         resource = self._reference(table, "resource", resources, "[[resources]]", at)
         expires_in = table.get("expires_in")
-        if expires_in is not None and (type(expires_in) is not int or not 60 <= expires_in <= 10**9):
-            self._error(at, "expires_in", f"expires_in is {expires_in!r}, write seconds from 60 to 1000000000")
+        if expires_in is not None and (type(expires_in) is not int or not 5 <= expires_in <= 10**9):
+            self._error(at, "expires_in", f"expires_in is {expires_in!r}, write seconds from 5 to 1000000000")
         return AccessRule(group, resource, expires_in) if group and resource else None
 
     def _dns(self, tables: dict[str, Any]) -> tuple[tuple[Ip, ...], tuple[str, ...], str | None]:
