@@ -43,7 +43,7 @@ class ReplyCache:
         """The answer records of the reply kept, their TTLs less by the whole seconds since."""
         key = _key(query)
         entry = self._entries.get(key)
-        if entry is None:
+        if entry is None or not query.is_lookup:
             return None
         if now >= entry.expires_at:
             self._remove(key)
@@ -53,7 +53,7 @@ class ReplyCache:
 
     def store(self, query: Query, reply: bytes, now: float) -> None:
         """Keep an untrusted reply, if it is one to this query and worth it."""
-        found = _read_answers_untrusted(query, reply)
+        found = _read_answers_untrusted(query, reply) if query.is_lookup else None
         if found is None:
             return
         answers, section, ttls, lifetime = found

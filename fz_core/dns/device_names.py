@@ -131,7 +131,7 @@ class DeviceNames:
         return next((lookup.expires_at for lookup in self._lookups.values()), None)
 
     def _pool_of(self, query: Query) -> str | None:
-        if query.rdclass != IN:
+        if query.rdclass != IN or not query.is_lookup:
             return None
         return next((pool_id for pool_id, pattern in self._pools.items() if pattern.matches(query.name)), None)
 

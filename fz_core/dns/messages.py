@@ -59,6 +59,11 @@ class Query:
         name, rdtype, rdclass, question, wants_dnssec = found
         return cls(data[0] << 8 | data[1], name, rdtype, rdclass, data, question, wants_dnssec)
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether records are asked for: not for an update, a notification or the like."""
+        return not self.data[2] & 0x78
+
     def __repr__(self) -> str:
         return f"<Query type {self.rdtype} (redacted)>"
 

@@ -49,7 +49,7 @@ class ResourceStub:
 
     def resolve(self, query: Query, is_in_use: Callable[[str], bool]) -> StubAnswer | SiteQuery | None:
         """The answer or the site to ask; None: not ours, recurse. Only class IN is ours."""
-        if query.rdclass != IN:
+        if query.rdclass != IN or not query.is_lookup:
             return None
         if query.name == CANARY:
             return StubAnswer(build_error(query, NXDOMAIN))

@@ -102,6 +102,9 @@ def test_what_is_not_ours_recurses() -> None:
     assert stub.resolve("bar.example.com", "A") is None
     chaos = dns.message.make_query("foo.example.com", "A", rdclass="CH").to_wire()
     assert stub.stub.resolve(parse(chaos), lambda name: False) is None
+    ordinary = dns.message.make_query("foo.example.com", "A").to_wire()
+    update = ordinary[:2] + b"\x29" + ordinary[3:]
+    assert stub.stub.resolve(parse(update), lambda name: False) is None
 
 
 @pytest.mark.shows(46)
