@@ -27,7 +27,7 @@ import trio
 from fz_core.dns import Query, is_reply_to, with_id
 from fz_core.driver.bootstrap import resolve_host
 from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, MAX_MESSAGE, DnsFailed, DnsTimeout, TooBusy
-from fz_core.driver.marked_http import MarkedBackend, MarkedStream, connect_marked
+from fz_core.driver.marked_http import MarkedBackend, connect_marked
 
 QUERY_TIMEOUT = 5.0
 BOOTSTRAP_TIMEOUT = 5.0
@@ -62,6 +62,7 @@ class DohClient:
         self._work, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
         self._scopes: set[trio.CancelScope] = set()
         self._generation = 0
+        self._open_servers: set[_Server] = set()
 
     async def run(self) -> None:
         """Make servers ready in the background until cancelled."""
@@ -122,9 +123,9 @@ class DohClient:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        for server in self._ready.values():
-            await server.aclose()
         self._ready.clear()
+        for server in tuple(self._open_servers):
+            await self._close(server)
 
     async def _ask(self, url: str, server: _Server, query: Query) -> bytes:
         scope = trio.CancelScope()
@@ -157,13 +158,18 @@ class DohClient:
 
     def _close_if_unused(self, server: _Server) -> None:
         if server.is_retired and not server.users:
-            self._work.send_nowait(server.aclose)
+            self._work.send_nowait(partial(self._close, server))
+
+    async def _close(self, server: _Server) -> None:
+        self._open_servers.discard(server)
+        await server.aclose()
 
     async def _bootstrap(self, url: str, generation: int) -> None:
         found: _Server | None = None
         try:
             with trio.fail_after(BOOTSTRAP_TIMEOUT):
                 found = await self._open(url)
+                self._open_servers.add(found)
             log.debug("DoH server is ready", url=url)
         except trio.TooSlowError:
             log.debug("DoH server is not reachable", url=url, error=f"no answer within {BOOTSTRAP_TIMEOUT:g} s")
@@ -171,7 +177,7 @@ class DohClient:
             log.debug("DoH server is not reachable", url=url, error=_one_line(error))
         if generation != self._generation:  # reset meanwhile: the next bootstrap is under way
             if found is not None:
-                await found.aclose()
+                await self._close(found)
             return
         self._starting.discard(url)
         if url in self._ready:
@@ -190,7 +196,6 @@ class DohClient:
         context.set_alpn_protocols(["h2", "http/1.1"] if HAS_HTTP2 else ["http/1.1"])
         plain = await connect_marked(addresses, port, self._marked, None)
         first = await plain.start_tls(context, host)
-        assert isinstance(first, MarkedStream)
         return _Server(url, MarkedBackend(addresses, self._marked, first), context)
 
 

@@ -76,11 +76,12 @@ class MarkedStream(httpcore.AsyncNetworkStream):
 
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
+    ) -> MarkedStream:
         """Encrypt; a connection that is encrypted already stays as it is."""
         if self._tls is not None:
             return self
-        tls = trio.SSLStream(self._plain, ssl_context, server_hostname=server_hostname, https_compatible=True)
+        name = server_hostname.strip("[]") if server_hostname else None  # an IPv6 address has them in URLs
+        tls = trio.SSLStream(self._plain, ssl_context, server_hostname=name, https_compatible=True)
         try:
             with _errors(httpcore.ConnectError, httpcore.ConnectTimeout, timeout):
                 await tls.do_handshake()

@@ -137,7 +137,7 @@ def zone(records: dict[tuple[str, str], list[str]], ttl: int = 300) -> Behaviour
 
 def reply(asked: Asked, *rdatas: str, ttl: int = 300, exists: bool = True, rcode: str = "NOERROR") -> bytes:
     """A reply with these records of the asked type."""
-    return response(asked, *rdatas, ttl=ttl, exists=exists, rcode=rcode).to_wire()
+    return response(asked, *rdatas, ttl=ttl, exists=exists, rcode=rcode).to_wire(max_size=65_535)
 
 
 def response(
