@@ -1,6 +1,7 @@
-"""What a whole system must do with names, filters, devices and the internet resource, whichever programs play its parts.
+"""What a whole system must do with names, filters, devices and the internet resource.
 
-As in `scenarios.py`, each builds its own lab, returns a note for people and raises on failure.
+As in `scenarios.py`, each is for any mix of programs, builds its own lab, returns a note for people and
+raises on failure.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from fz_core.lab import Lab, LabError
-from fz_core.lab.names import dig
+from fz_core.lab import Host, Lab, LabError
+from fz_core.lab.names import dig, start_names
 from fz_core.lab.policy import INTERNET, ResourceSpec, dns, dynamic_pool, static_pool
 from fz_core.lab.servers import start_echo, start_iperf, start_web
 from fz_core.lab.system import Fetch, Programs, Shape, System
@@ -24,6 +26,7 @@ ZONE = [
     "_sip._tcp 60 SRV 1 2 5060 wiki", "other 60 A 10.20.0.80", "other 60 AAAA fd20::80",
 ]  # fmt: skip
 CORP = "corp.example"
+PROBED = {"firezone.dev": ["@ 60 A 192.0.2.1"]}  # official gateways use no server that does not know it
 MEGABYTES = 5
 
 
@@ -46,7 +49,7 @@ def named_system(
         system.start_portal()
         for number in range(system.shape.relays):
             system.start_relay(number)
-        system.add_gateway("gateway", 31, zones={CORP: ZONE})
+        system.add_gateway("gateway", 31, zones={CORP: ZONE, **PROBED})
         if clients:
             system.add_client("client", 30, dns_control="etc-resolv-conf", **client)  # type: ignore[arg-type]
             awaits_sentinels(system, 0)
@@ -225,10 +228,7 @@ def questions(programs: Programs) -> str:
                 (f"_sip._tcp.{CORP}", "SRV", f"1 2 5060 wiki.{CORP}."),
                 (f"wiki.{CORP}", "TXT", '"hello"'),
             ):
-                eventually(
-                    f"{kind} over {'TCP' if tcp else 'UDP'}",
-                    lambda n=name, k=kind, e=expected, t=tcp: expect(host, n, k, e, t),
-                )  # type: ignore[misc]
+                eventually(f"{kind}, tcp={tcp}", partial(expect, host, name, kind, expected, tcp))
             answer = dig(host, f"wiki.{CORP}", "A", tcp=tcp)
             if len(answer.records) != 4 or any(not r.startswith("100.96.") for r in answer.records):
                 raise LabError(f"unexpected addresses {answer}")
@@ -244,9 +244,9 @@ def questions(programs: Programs) -> str:
         return ""
 
 
-def expect(host: object, name: str, kind: str, record: str, tcp: bool) -> None:
+def expect(host: Host, name: str, kind: str, record: str, tcp: bool) -> None:
     """LabError unless this record is answered."""
-    answer = dig(host, name, kind, tcp=tcp)  # type: ignore[arg-type]
+    answer = dig(host, name, kind, tcp=tcp)
     if record not in answer.records:
         raise LabError(f"{name} {kind} was answered {answer}")
 
@@ -261,7 +261,7 @@ def tunnelled_upstream(programs: Programs) -> str:
     with named_system(programs, resources, prepare=prepare) as system:
         host = system.clients[0].host
         for tcp in (False, True):
-            eventually("other names", lambda t=tcp: expect(host, f"other.{CORP}", "A", "10.20.0.80", t))  # type: ignore[misc]
+            eventually("other names", partial(expect, host, f"other.{CORP}", "A", "10.20.0.80", tcp))
         if dig(host, f"absent.{CORP}").status != "NXDOMAIN":
             raise LabError("an absent name is not denied")
         eventually("the page", lambda: load(system, "wiki"))
@@ -276,8 +276,6 @@ def tunnelled_upstream(programs: Programs) -> str:
 def local_upstream(programs: Programs) -> str:
     """Without servers from the portal, other names are asked at the host's own server, outside the tunnel."""
     with named_system(programs, clients=False) as system:
-        from fz_core.lab.names import start_names
-
         public = system.lab.public_host("names", 53)
         start_names(public, {"public.example": ["www 60 A 192.0.2.80", "big 60 TXT " + " ".join(["x" * 250] * 8)]})
         assert public.ipv4 is not None
@@ -319,7 +317,7 @@ def internet(programs: Programs) -> str:
 
 
 def device_pools(programs: Programs) -> str:
-    """One client reaches another through a static pool, by address and by a name of a dynamic one; not the other way."""
+    """One client reaches another through a static pool, by address and by a dynamic pool's name; not the other way."""
     resources: dict[str, ResourceSpec | str] = {
         "devices": static_pool("server", filters=("icmp", "tcp/80")),
         "names": dynamic_pool("*.devices.example"),

@@ -12,6 +12,7 @@ import pytest
 
 from fz_core.lab import Lab, LabError
 from fz_core.lab.system import Programs, System
+from tests.netns.name_scenarios import NAME_SCENARIOS
 from tests.netns.scenarios import SCENARIOS, eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
@@ -20,6 +21,12 @@ pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str) -> None:
     SCENARIOS[name](Programs())
+
+
+@pytest.mark.peer("unbound", "dig", "iperf3", "ping")
+@pytest.mark.parametrize("name", NAME_SCENARIOS)
+def test_name_scenario(name: str) -> None:
+    NAME_SCENARIOS[name](Programs())
 
 
 def test_two_gateways_of_one_site_share_the_work_and_stand_in_for_each_other() -> None:
