@@ -50,9 +50,11 @@ def parse_directives(text: str) -> dict[str, int]:
     return levels
 
 
-def configure(directives: str = "info", *, as_json: bool = False) -> None:
-    """Send all logs to stdout. LogFilterError if the directives are malformed."""
+def configure(directives: str = "info", *, as_json: bool = False, flow_logs: bool = False) -> None:
+    """Send all logs to stdout; flow logs whatever the directives say. LogFilterError if those are malformed."""
     levels = parse_directives(directives)
+    if flow_logs:
+        levels["flow_logs"] = TRACE
     logging.addLevelName(TRACE, "TRACE")
     shared = [structlog.stdlib.add_logger_name, structlog.stdlib.add_log_level_number, _add_timestamp]
     handler = logging.StreamHandler(sys.stdout)

@@ -6,7 +6,13 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
-from flow_samples import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fz_core.packet import Packet, build_echo, build_tcp, build_udp
+from fz_core.tunnel.flow_record import FlowRecord, IngestToken, to_json
+from fz_core.tunnel.flows import FlowTracker
+from tests.unit.tunnel.flow_samples import (
     AUTHORIZATION,
     DIRECT,
     RELAYED,
@@ -15,12 +21,6 @@ from flow_samples import (
     segment,
     token_text,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fz_core.packet import Packet, build_echo, build_tcp, build_udp
-from fz_core.tunnel.flow_record import FlowRecord, IngestToken, to_json
-from fz_core.tunnel.flows import FlowTracker
 
 EPOCH = 1_800_000_000.0
 CLIENT, SERVER = ip_address("100.64.0.1").packed, ip_address("10.0.0.1").packed
