@@ -175,6 +175,9 @@ def _answers_decode(data: bytes, at: int, count: int) -> bool:
         at = end + RECORD.size
         if at + length > len(data):
             return False
+        if rdclass != IN or rdtype not in KNOWN_TYPES:  # dnspython would remember each of these forever
+            at += length
+            continue
         try:
             dns.rdata.from_wire(rdclass, rdtype, data, at, length)
         except (dns.exception.DNSException, ValueError):
@@ -205,3 +208,4 @@ def _fold(question: bytes) -> bytes:
 
 _HEX = set("0123456789abcdef")
 MAX_QUERY_ANSWERS = 64
+KNOWN_TYPES = frozenset(int(rdtype) for rdtype in RdataType)

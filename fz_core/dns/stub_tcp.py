@@ -116,9 +116,13 @@ class StubTcpServer:
         return None
 
     def send_reply(self, token: TcpToken, reply: bytes, now: float) -> None:
-        """Answer a query; nothing happens where its connection is gone or it was answered before."""
+        """Answer a query; nothing happens where its connection is gone or it was answered before.
+
+        A reply that no TCP message can hold ends the connection.
+        """
         if len(reply) > MAX_MESSAGE:
-            raise ValueError(f"DNS message of {len(reply)} bytes, TCP carries at most {MAX_MESSAGE}")
+            self.abort(token, now)
+            return
         client = self._client_of(token)
         if client is not None:
             client.serial = None

@@ -148,9 +148,8 @@ def message(rng: random.Random, *, response: bool = False) -> bytes:
     rdtype = rng.choice(["A", "AAAA", "PTR", "SRV", "TXT", "HTTPS", "ANY", "MX"])
     if response and rng.random() < 0.8:
         name, rdtype = "www.example.com.", "A"
-    made = dns.message.make_query(name, rdtype, use_edns=rng.choice([False, 0]))
-    if response:
-        made = dns.message.make_response(made)
+    query = dns.message.make_query(name, rdtype, use_edns=rng.choice([False, 0]))
+    made: dns.message.Message = dns.message.make_response(query) if response else query
     for _ in range(rng.randrange(4) if response else rng.choice([0, 0, 0, 1])):
         kind, data = rng.choice([("A", "192.0.2.1"), ("CNAME", "a.example.com."), ("MX", "1 www.example.com.")])
         owner = rng.choice([name, "a.example.com."])

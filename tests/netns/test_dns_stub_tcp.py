@@ -93,6 +93,16 @@ def test_a_slow_reader_gets_everything(host: Host, server: Pump, sentinel: str) 
             assert read_message(client) == big_reply()
 
 
+def test_a_fast_writer_waits(host: Host, server: Pump, sentinel: str) -> None:
+    """Several messages of the largest size while the first query is still under way: our window shuts and opens."""
+    largest = make_query("foo.example.com").ljust(65_535, b"\0")
+    with connect(host, sentinel) as client, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(client.sendall, frame(make_query("0.slow.example.com")) + frame(largest) * 5)
+        for _ in range(6):
+            assert read_message(client)[3] & 0xF == 0
+        sent.result()
+
+
 def test_a_query_byte_by_byte(host: Host, server: Pump, sentinel: str) -> None:
     with connect(host, sentinel) as client:
         for byte in frame(make_query("foo.example.com")):

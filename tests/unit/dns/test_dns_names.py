@@ -120,9 +120,9 @@ def test_narrowing_shows_in_the_recorded_resources() -> None:
 @pytest.mark.shows(44)
 def test_a_reseeded_record_of_a_changed_resource() -> None:
     earlier = make_names(("r1", "foo.example.com"), ("r2", "**.example.com"))
-    records = assign(earlier, "foo.example.com") and earlier.records()
+    assign(earlier, "foo.example.com")
     names = ProxyNames()
-    names.restore(records)
+    names.restore(earlier.records())
     assert not names.take_changed()
     names.add_resource("r1", "other.example.com", "dual")
     names.add_resource("r2", "**.example.com", "dual")

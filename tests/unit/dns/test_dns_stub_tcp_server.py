@@ -83,6 +83,7 @@ def test_lost_segments_are_repeated() -> None:
     assert len(peer.received) == 1240
     peer.send(ACK)
     due = server.poll_timeout()
+    assert due is not None
     assert due == pytest.approx(0.3)
     server.handle_timeout(due)
     peer.take(*drain(server))
@@ -222,6 +223,14 @@ def test_abort() -> None:
     server.abort(poll(server)[0], 0.0)
     assert [segment.tcp_flags & RST for segment in drain(server)] == [RST]
     assert server.poll_timeout() is None
+
+
+def test_a_reply_of_absurd_length_ends_the_connection() -> None:
+    server = make_server()
+    peer = Peer(server).connect()
+    peer.send(ACK, frame(QUERY))
+    server.send_reply(poll(server)[0], bytes(65_536), 0.0)
+    assert [segment.tcp_flags & RST for segment in drain(server)] == [RST]
 
 
 @pytest.mark.shows(54)
