@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any
 
+import dns.message
 import pytest
 import trio
 
@@ -19,9 +20,10 @@ from fz_core.lab import Host, Lab
 from fz_core.linux import Interface, TunDevice, UdpSocket
 from fz_core.packet import DropReason
 from fz_core.portal import client as messages
-from fz_core.portal.types import CidrResource, Filter, Site
+from fz_core.portal.types import CidrResource, DnsResource, Filter, Site
 from fz_core.portal.types import Interface as Config
 from fz_core.tunnel import ClientTunnel, PacketError, TunnelErrors
+from fz_core.tunnel.authorizations import AccessKey
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("ip", "nft")]
 
@@ -30,6 +32,7 @@ SITE = Site("00000000-0000-4000-8000-000000000001", "s")
 ALLOWED = CidrResource(
     "00000000-0000-4000-8000-0000000000aa", ip_network("10.20.0.0/24"), "n", (Filter("udp", 7, 7),), (SITE,)
 )
+KEY = AccessKey(ALLOWED.id)
 
 
 class Rig:
@@ -65,8 +68,8 @@ class Rig:
 
     def waiting(self) -> list[bytes]:
         """Payloads that wait for the portal's answer, in order."""
-        packets = self.state._pending.resolve(ALLOWED.id) or []
-        return [p.payload for p in packets]
+        waiting = self.state._pending.resolve(KEY)
+        return [p.payload for p in waiting.packets] if waiting else []
 
     def garble(self, count: int) -> None:
         """Datagrams on both sockets that are nothing."""
@@ -94,6 +97,7 @@ def rig() -> Iterator[Rig]:
             built.close()
 
 
+@pytest.mark.shows(95)
 async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
     with rig() as r:
         for n in range(100):
@@ -103,7 +107,7 @@ async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(r.loop.run)
             await r.until(lambda: len(r.errors) == 3)
-            await r.until(lambda: len(r.state._pending._pending[ALLOWED.id].packets) == 97)
+            await r.until(lambda: len(r.state._pending._pending[KEY].packets) == 97)
             r.loop.stop()
         assert r.waiting() == [b"%03d" % n for n in range(100) if n not in (10, 50, 51)]
         assert [e.reason for e in r.errors if isinstance(e, PacketError)] == [DropReason.UNKNOWN_RESOURCE] * 3
@@ -124,10 +128,79 @@ async def test_every_saturated_source_progresses_within_one_turn() -> None:
         assert True in kinds
         assert False in kinds
         assert len(ran) == 50
-        assert ALLOWED.id in r.state._pending
+        assert KEY in r.state._pending
         # and one turn is bounded: it did not run any source dry
         assert r.sockets[0].recv_batch(1)
         assert r.tun.read_batch(1)
+
+
+@pytest.mark.shows(95)
+async def test_a_command_that_fails_costs_no_other_command() -> None:
+    with rig() as r:
+        ran: list[int] = []
+
+        def fail(now: float) -> None:
+            raise ValueError("a message nobody expected")
+
+        for n in range(5):
+            r.loop.submit(fail if n == 2 else lambda now, n=n: ran.append(n))
+        await r.loop._turn()
+        assert ran == [0, 1, 3, 4]
+        assert [type(e) for e in r.errors] == [ValueError]
+
+
+@pytest.mark.shows(95)
+async def test_bad_datagrams_in_a_batch_leave_the_rest_in_order() -> None:
+    with rig() as r:
+        taken: list[bytes] = []
+
+        def take(local: Any, remote: Any, datagram: bytes, ecn: int, now: float) -> PacketError | None:
+            if datagram.startswith(b"bad"):
+                return PacketError(DropReason.UNKNOWN_DATAGRAM, remote, local)
+            taken.append(bytes(datagram))
+            return None
+
+        r.state.handle_network_input = take  # type: ignore[method-assign,assignment]
+        for n in range(40):
+            payload = b"bad" if n in (7, 20, 21) else b"%02d" % n
+            r.noise[0].sendto(payload, ("127.0.0.1", r.sockets[0].port))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(lambda: len(r.errors) == 3 and len(taken) == 37)
+            r.loop.stop()
+        assert taken == [b"%02d" % n for n in range(40) if n not in (7, 20, 21)]
+        assert all(str(r.noise[0].getsockname()[1]) in str(e) for e in r.errors)
+
+
+@pytest.mark.shows(50, 95)
+async def test_bad_queries_in_a_batch_leave_the_others_answered() -> None:
+    with rig() as r:
+        r.state.set_system_resolvers([bytes([192, 0, 2, 53])], clock.now())
+        name = DnsResource("00000000-0000-4000-8000-0000000000ab", "*.example", "d", (), (SITE,))
+        r.state.handle_portal_message(messages.ResourceCreatedOrUpdated(name), clock.now())
+        interface = Interface(r.tun.name)
+        with r.host.entered():
+            interface.set_addresses(V4, V6)
+            interface.set_routes([ip_network("100.100.111.0/24")])
+        r.app.setblocking(False)
+        for n in range(30):
+            query = dns.message.make_query(f"host{n}.example", "A", id=n)
+            r.app.sendto(b"\0" * 5 if n in (4, 15) else query.to_wire(), ("100.100.111.1", 53))
+        answered: list[int] = []
+
+        def collect() -> bool:
+            try:
+                while True:
+                    answered.append(dns.message.from_wire(r.app.recv(2000)).id)
+            except BlockingIOError:
+                return len(answered) == 28
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(collect)
+            r.loop.stop()
+        assert answered == [n for n in range(30) if n not in (4, 15)]
+        assert r.state.drops[DropReason.MALFORMED_DNS] == 2
 
 
 async def test_errors_of_one_family_do_not_cost_the_other_its_datagrams() -> None:
