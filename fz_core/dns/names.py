@@ -39,6 +39,9 @@ class DnsRecord(NamedTuple):
     resources: tuple[tuple[str, str], ...]
     ips: tuple[bytes, ...]
 
+    def __repr__(self) -> str:
+        return "<DnsRecord (redacted)>"
+
 
 class NameEntry:
     """A name that has proxy addresses."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from fz_core.dns.messages import (
@@ -30,7 +30,7 @@ TXT, SRV, HTTPS = 16, 33, 65
 class StubAnswer:
     """A reply, and the name whose proxy addresses were asked for, if that was the question."""
 
-    reply: bytes
+    reply: bytes = field(repr=False)
     entry: NameEntry | None = None
 
 

@@ -36,6 +36,13 @@ def test_a_repeated_query_changes_nothing() -> None:
     assert not stub.names.take_changed()
 
 
+def test_names_stay_out_of_representations() -> None:
+    stub = Stub(("r1", "*.example.com", "dual"))
+    answer = stub.resolve("foo.example.com", "A")
+    for value in (answer, stub.names.records(), make_query("foo.example.com", "A")):
+        assert "foo" not in repr(value)
+
+
 @pytest.mark.shows(42)
 @pytest.mark.parametrize(("stack", "v4", "v6"), [("ipv4_only", V4, []), ("ipv6_only", [], V6)])
 def test_one_family(stack: str, v4: list[str], v6: list[str]) -> None:
