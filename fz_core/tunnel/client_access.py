@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Any
 
 from fz_core.dns import Pattern
@@ -16,6 +17,8 @@ from fz_core.tunnel.proxies import Proxies
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
 from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
+
+SHARED_TERMS = 8192
 
 
 class Decision(Enum):
@@ -29,14 +32,31 @@ class Decision(Enum):
     IGNORE = auto()
 
 
-@dataclass(slots=True)
-class Grant:
-    """One resource; `expires_at` is monotonic seconds, None for ever. `pattern` only for a DNS resource."""
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A resource and what follows from it; clients with equal resources share one."""
 
     resource: Any
     filters: FilterSet
+    pattern: Pattern | None
+    route: Route | None
+
+
+@lru_cache(maxsize=SHARED_TERMS)
+def terms_of(resource: Any) -> Terms:
+    """Everything a grant of this resource needs."""
+    filters = FilterSet(getattr(resource, "filters", ()))
+    pattern = Pattern.parse(resource.address) if isinstance(resource, DnsResource) else None
+    route = Route(resource.address, resource.id, filters) if isinstance(resource, CidrResource) else None
+    return Terms(resource, filters, pattern, route)
+
+
+@dataclass(slots=True)
+class Grant:
+    """One resource; `expires_at` is monotonic seconds, None for ever."""
+
+    terms: Terms
     expires_at: float | None
-    pattern: Pattern | None = None
 
 
 class ClientAccess:
@@ -67,21 +87,20 @@ class ClientAccess:
     def grant(self, resource: Any, expires_at: float | None) -> bool:
         """Upsert a grant; of a known resource only filters and expiry change. False: refused, type differs."""
         known = self._grants.get(resource.id)
-        if known is not None and type(known.resource) is not type(resource):
-            return False
         if known is None:
-            pattern = Pattern.parse(resource.address) if isinstance(resource, DnsResource) else None
-            known = self._grants[resource.id] = Grant(resource, FilterSet(_filters(resource)), expires_at, pattern)
+            self._grants[resource.id] = known = Grant(terms_of(resource), expires_at)
+            self._install(known)
+        elif not self._update(known, resource):
+            return False
         known.expires_at = expires_at
-        self._set_filters(known, resource)
         self._note_expiries()
         return True
 
     def update_filters(self, resource: Any) -> None:
         """The resource's filters changed at the portal."""
         known = self._grants.get(resource.id)
-        if known is not None and type(known.resource) is type(resource):
-            self._set_filters(known, resource)
+        if known is not None:
+            self._update(known, resource)
 
     def set_expiry(self, resource_id: str, expires_at: float | None) -> None:
         """Move the deadline of a grant either way."""
@@ -94,7 +113,7 @@ class ClientAccess:
         if self._grants.pop(resource_id, None) is None:
             return False
         self._routes.remove_resource(resource_id)
-        self._has_internet = any(isinstance(g.resource, InternetResource) for g in self._grants.values())
+        self._has_internet = any(isinstance(g.terms.resource, InternetResource) for g in self._grants.values())
         self._note_expiries()
         return True
 
@@ -123,7 +142,7 @@ class ClientAccess:
     def may_resolve(self, resource_id: str, name: str) -> bool:
         """Whether the client may use this name through this resource."""
         grant = self._grants.get(resource_id)
-        return grant is not None and grant.pattern is not None and grant.pattern.matches(name)
+        return grant is not None and grant.terms.pattern is not None and grant.terms.pattern.matches(name)
 
     def set_up_name(
         self, resource_id: str, name: str, proxy_ips: Sequence[bytes], real: Iterable[bytes], *, mix: bool
@@ -169,19 +188,19 @@ class ClientAccess:
             verdict = self._routes.lookup(ip, protocol, port)  # a network so wide that it covers the proxies
             if verdict is None or not verdict.allowed:
                 return Decision.PROHIBITED
-        return Decision.UNREACHABLE if proxy is None or proxy.real is None else Decision.TRANSLATE
+        return Decision.UNREACHABLE if proxy is None or proxy.real(ip) is None else Decision.TRANSLATE
 
     def _name_allows(self, resource_ids: Iterable[str], protocol: int, port: int) -> bool:
         grants = (self._grants.get(resource_id) for resource_id in resource_ids)
-        return any(grant is not None and grant.filters.allows(protocol, port) for grant in grants)
+        return any(grant is not None and grant.terms.filters.allows(protocol, port) for grant in grants)
 
     def translate(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
         """A packet that `decide` wants translated, as the resource shall see it."""
         proxy = self._proxies.get(packet.dst)
+        real = None if proxy is None else proxy.real(packet.dst)
         assert self._nat is not None
-        assert proxy is not None
-        assert proxy.real is not None
-        return self._nat.translate_outgoing(packet, proxy.real, now)
+        assert real is not None
+        return self._nat.translate_outgoing(packet, real, now)
 
     def admit(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
         """A packet from this host or its network, as the client shall see it, or why it may not (§14, from TUN)."""
@@ -210,13 +229,18 @@ class ClientAccess:
         verdict = self._routes.lookup(src, *inbound(packet))
         return verdict is not None and verdict.allowed
 
-    def _set_filters(self, grant: Grant, resource: Any) -> None:
-        grant.filters = FilterSet(_filters(resource))
-        if isinstance(grant.resource, CidrResource):
-            self._routes.add(Route(grant.resource.address, grant.resource.id, grant.filters))
-        elif isinstance(grant.resource, InternetResource):
+    def _update(self, grant: Grant, resource: Any) -> bool:
+        """New filters, nothing else, for a granted resource; False if its type differs."""
+        known = grant.terms.resource
+        if type(known) is not type(resource):
+            return False
+        if not isinstance(known, InternetResource) and known.filters != resource.filters:
+            grant.terms = terms_of(replace(known, filters=resource.filters))
+            self._install(grant)
+        return True
+
+    def _install(self, grant: Grant) -> None:
+        if grant.terms.route is not None:
+            self._routes.add(grant.terms.route)
+        elif isinstance(grant.terms.resource, InternetResource):
             self._has_internet = True
-
-
-def _filters(resource: Any) -> Any:
-    return getattr(resource, "filters", ())

@@ -44,7 +44,8 @@ def a_gateway() -> FlowTracking:
 def test_who_asks(is_local: bool, has_spool: bool, settings: FlowLogs, expected: bool) -> None:
     tracking = FlowTracking("client", 0.0, is_local=is_local, has_spool=has_spool)
     assert (tracking.tracker is not None) == is_local
-    tracking.configure(settings, 0.0)
+    assert tracking.configure(settings, 0.0) == (settings == ON)
+    assert not tracking.configure(settings, 0.0)
     assert (tracking.tracker is not None) == expected
 
 

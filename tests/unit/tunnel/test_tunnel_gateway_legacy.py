@@ -114,7 +114,7 @@ def test_a_name_is_resolved_before_the_answer_without_holding_up_others() -> Non
     assert [a.ref for a in legacy.answers()] == ["slow"]
     proxy = legacy.state._clients[legacy.client_id]._proxies.get(packed("100.96.0.1"))
     assert proxy is not None
-    assert proxy.real == packed("10.20.0.80")
+    assert proxy.real(packed("100.96.0.1")) == packed("10.20.0.80")
 
 
 def test_a_name_that_takes_too_long_leaves_the_client_to_its_own_time_out() -> None:

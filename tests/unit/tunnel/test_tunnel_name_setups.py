@@ -136,7 +136,8 @@ V6 = addresses(*(f"fd00:2021:1111:8000::{n}" for n in range(1, 5)))
 def real(proxies: Proxies, ip: bytes) -> str | None:
     proxy = proxies.get(ip)
     assert proxy is not None
-    return None if proxy.real is None else str(ip_address(proxy.real))
+    address = proxy.real(ip)
+    return None if address is None else str(ip_address(address))
 
 
 @pytest.mark.shows(88)
@@ -176,7 +177,7 @@ def test_resources_gather_at_an_address() -> None:
     proxies.assign("s", "a", V4, addresses("10.0.0.1"), mix=False)
     proxy = proxies.get(V4[0])
     assert proxy is not None
-    assert proxy.resource_ids == {"r", "s"}
+    assert set(proxy.resource_ids) == {"r", "s"}
 
 
 def test_names_of_a_client_have_a_bound() -> None:
