@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
+from random import Random
 
 import dns.flags
 import dns.message
@@ -212,6 +213,33 @@ class TestServers:
 
         resolver, _ = await system.start(answer)
         assert await resolve(resolver, "both.example") == ips()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_garbage_never_raises_anything_else(
+    system: System, autojump_clock: trio.testing.MockClock, seed: int
+) -> None:
+    """Replies with bytes changed, cut or added behind the question, over both transports."""
+    autojump_clock.autojump_threshold = 0.02
+    system.follow_trio = True
+    random = Random(seed)
+
+    def answer(asked: Asked) -> list[bytes]:
+        start = 12 + len(asked.name) + 6
+        data = bytearray(reply(asked, *BAD[asked.rdtype]))
+        for _ in range(random.randint(1, 5)):
+            data[random.choice((2, 3, 7, 9, 11, *range(start, len(data))))] = random.randrange(256)
+        return [bytes(data[: random.randint(start, len(data))] + random.randbytes(random.randint(0, 3)))]
+
+    resolver, peer = await system.start(answer)
+    for n in range(30):
+        try:
+            found = await resolver.resolve(f"n{n}.example")
+        except ResolveTimeout:
+            continue
+        assert all(len(ip) == 4 for ip in found.v4)
+        assert all(len(ip) == 16 for ip in found.v6)
+    assert len(peer.asked) >= 60
 
 
 @pytest.mark.parametrize("name", ["a..b", "x" * 64, ".", "ä.example"])
