@@ -16,7 +16,7 @@ from typing import Literal
 
 from fz_core.node.connection import Path
 from fz_core.packet import Packet
-from fz_core.portal.types import FlowLogs
+from fz_core.portal.types import NO_FLOW_LOGS, FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken
 from fz_core.tunnel.flows import FlowTracker
 
@@ -35,12 +35,14 @@ class FlowTracking:
         self._role: Literal["client", "gateway"] = role
         self._unix_epoch = unix_epoch
         self._is_local, self._has_spool = is_local, has_spool
+        self._settings = NO_FLOW_LOGS
         self._tokens: dict[str, dict[tuple[str, bool], IngestToken]] = {}
         self._records: deque[FlowRecord] = deque()
         self.tracker: FlowTracker | None = self._new_tracker() if is_local else None
 
-    def configure(self, settings: FlowLogs, now: float) -> None:
-        """What the portal's `init` says. Turning tracking off ends every flow."""
+    def configure(self, settings: FlowLogs, now: float) -> bool:
+        """What the portal's `init` says, and whether it is new. Turning tracking off ends every flow."""
+        is_new, self._settings = settings != self._settings, settings
         is_wanted = self._is_local or (self._has_spool and settings.upload_interval_secs > 0)
         if is_wanted and self.tracker is None:
             self.tracker = self._new_tracker()
@@ -49,6 +51,7 @@ class FlowTracking:
             while (record := self.tracker.poll_record()) is not None:
                 self._records.append(record)
             self.tracker = None
+        return is_new
 
     # access
 
