@@ -51,6 +51,7 @@ class ClientNames:
         """Carry queries and follow the host's servers until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self._doh.run)
             task_status.started()
             try:
                 while True:
@@ -58,8 +59,6 @@ class ClientNames:
                     await self._follow()
             finally:
                 self._nursery = None
-                with trio.CancelScope(shield=True):
-                    await self._doh.aclose()
 
     async def restore(self) -> None:
         """Leave the host's DNS as it was found."""
@@ -72,6 +71,7 @@ class ClientNames:
         if wanted == (self._sentinels, self._search_domain):
             return
         self._sentinels, self._search_domain = wanted
+        self._doh.prepare(server for _, server in config.sentinels if server.startswith("https:"))
         if not config.sentinels:
             log.warning("No DNS server is known: names of resources cannot be resolved")
         sentinels = [sentinel for sentinel, _ in config.sentinels]

@@ -327,12 +327,13 @@ class ClientTunnel(PeerTunnel):
     def _current_config(self) -> TunConfigChanged | None:
         if self._interface is None:
             return None
+        servers = self._dns.mapping
         return TunConfigChanged(
             self._interface.ipv4,
             self._interface.ipv6,
             self.resources.routes(),
             self._interface.search_domain,
-            tuple((str(ip_address(ip)), str(upstream)) for ip, upstream in self._dns.mapping),
+            tuple((str(ip_address(ip)), str(server.url or ip_address(server.ip or b""))) for ip, server in servers),
         )
 
     def _current_views(self) -> ResourcesChanged:

@@ -7,12 +7,17 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
 from fz_core.lab import Lab, LabError
+from fz_core.lab.certificates import Authority
+from fz_core.lab.names import start_names
+from fz_core.lab.servers import start_doh
 from fz_core.lab.system import Programs, System
-from tests.netns.name_scenarios import NAME_SCENARIOS
+from tests.netns.name_scenarios import NAME_SCENARIOS, awaits_sentinels, expect, load, must_fail, named_system, ping
+from tests.netns.name_scenarios import eventually as eventually_that
 from tests.netns.scenarios import SCENARIOS, eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
@@ -27,6 +32,54 @@ def test_scenario(name: str) -> None:
 @pytest.mark.parametrize("name", NAME_SCENARIOS)
 def test_name_scenario(name: str) -> None:
     NAME_SCENARIOS[name](Programs())
+
+
+@pytest.mark.peer("unbound", "dig", "openssl")
+def test_other_names_are_asked_over_https_when_the_portal_says_so() -> None:
+    with Lab() as lab:
+        authority = Authority(lab.folder)
+        upstream = start_names(lab.public_host("dns", 53), {"public.example": ["www 60 A 192.0.2.80"]})
+        start_doh(upstream.host, authority)
+        system = System(lab)
+        system.doh_servers = [f"https://{upstream.host.ipv4}/dns-query"]
+        system.start_portal()
+        system.start_relay(0)
+        client = system.add_client("client", 30, dns_control="etc-resolv-conf", env=authority.trust)
+        awaits_sentinels(system, 0)
+        for tcp in (False, True):
+            eventually_that(
+                "an answer over HTTPS", partial(expect, client.host, "www.public.example", "A", "192.0.2.80", tcp)
+            )
+        assert client.process.stop() == 0
+
+
+@pytest.mark.peer("unbound", "dig")
+def test_one_family_is_reached_through_the_other_unless_that_is_switched_off() -> None:
+    """docs/deviations.md: translation between the families, and its variable."""
+    with named_system(Programs()) as system:
+        eventually_that("the page", lambda: load(system, "four"))
+        for name, family in (("four", 6), ("six", 4)):
+            load(system, name, family=family, megabytes=1.0)
+            ping(system, f"{name}.corp.example", family=family)
+        gateway = system.gateways[0]
+        gateway.env = {**gateway.env, "FZFF_ICMP_UNREACHABLE_INSTEAD_OF_NAT64": "true"}
+        system.restart(gateway)
+        eventually_that("the page again", lambda: load(system, "four"))
+        for name, family in (("four", 6), ("six", 4)):
+            must_fail(f"{name} over IPv{family}", partial(load, system, name, family=family))
+            must_fail(f"ping {name} over IPv{family}", partial(ping, system, f"{name}.corp.example", family=family))
+
+
+@pytest.mark.peer("unbound", "dig")
+def test_names_resolve_by_the_systems_functions_too() -> None:
+    """FZFF_GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS=false."""
+    with named_system(Programs(), env=None) as system:
+        gateway = system.gateways[0]
+        gateway.env = {**gateway.env, "FZFF_GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS": "false"}
+        system.restart(gateway)
+        for name, family in (("wiki", 4), ("wiki", 6), ("alias", 4), ("six", 6)):
+            eventually_that(name, partial(load, system, name, family=family))
+        must_fail("a name that does not exist", lambda: load(system, "absent"))
 
 
 def test_two_gateways_of_one_site_share_the_work_and_stand_in_for_each_other() -> None:
