@@ -36,7 +36,8 @@ class FlowTracking:
         self._unix_epoch = unix_epoch
         self._is_local, self._has_spool = is_local, has_spool
         self._settings = NO_FLOW_LOGS
-        self._tokens: dict[str, dict[tuple[str, bool], IngestToken]] = {}
+        # As text until the first flow needs it: most grants of a big gateway are idle.
+        self._tokens: dict[str, dict[tuple[str, bool], str | IngestToken | None]] = {}
         self._records: deque[FlowRecord] = deque()
         self.tracker: FlowTracker | None = self._new_tracker() if is_local else None
 
@@ -57,9 +58,8 @@ class FlowTracking:
 
     def learn(self, peer_id: str, resource_id: str, token: str, *, opened_by_peer: bool = False) -> None:
         """Access was authorized with this token; a flow keeps the token it started under."""
-        parsed = IngestToken.parse(token)
-        if parsed is not None:
-            self._tokens.setdefault(peer_id, {})[resource_id, opened_by_peer] = parsed
+        if self._is_local or self._has_spool:
+            self._tokens.setdefault(peer_id, {})[resource_id, opened_by_peer] = token
 
     def end_access(self, peer_id: str, resource_id: str, now: float, *, opened_by_peer: bool = False) -> None:
         """The access is gone: nothing starts under its token; on a gateway its flows end now."""
@@ -97,9 +97,16 @@ class FlowTracking:
         """A packet from the initiator to this resource passed; see `FlowTracker.handle_tx`."""
         if self.tracker is None:
             return
-        token = self._tokens.get(peer_id, {}).get((resource_id, opened_by_peer))
+        token = self._token(peer_id, (resource_id, opened_by_peer))
         scope = (peer_id, resource_id) if self._role == "gateway" else peer_id
         self.tracker.handle_tx(scope, packet, token, path, now, domain=domain, opened_by_peer=opened_by_peer)
+
+    def _token(self, peer_id: str, key: tuple[str, bool]) -> IngestToken | None:
+        tokens = self._tokens.get(peer_id, {})
+        token = tokens.get(key)
+        if isinstance(token, str):
+            token = tokens[key] = IngestToken.parse(token)
+        return token
 
     # time and output
 
