@@ -1,6 +1,6 @@
 """Whether flows are tracked, and under whose tokens (`spec/tunnel.md` §19); the state's side of flow logs.
 
-    tracking = FlowTracking("gateway", unix_epoch, is_local=False)
+    tracking = FlowTracking("gateway", unix_epoch, has_spool=True)
     tracking.configure(init.flow_logs, now)
     tracking.learn(client_id, resource_id, message.ingest_token)
     if tracking.tracker is not None:                    # all that a packet costs while nobody asks
@@ -22,7 +22,10 @@ from fz_core.tunnel.flows import FlowTracker
 
 
 class FlowTracking:
-    """Tracks while the portal wants uploads and there is a spool for them, or while `is_local`: the log wants them."""
+    """Tracks while the portal wants uploads and there is a spool for them, or while `is_local`: the log wants them.
+
+    With either, somebody must drain `poll_record`.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class FlowTracking:
         unix_epoch: float,
         *,
         is_local: bool = False,
-        has_spool: bool = True,
+        has_spool: bool = False,
     ) -> None:
         self._role: Literal["client", "gateway"] = role
         self._unix_epoch = unix_epoch

@@ -26,7 +26,7 @@ def taken(tracking: FlowTracking) -> list[FlowRecord]:
 
 
 def a_gateway() -> FlowTracking:
-    tracking = FlowTracking("gateway", 0.0)
+    tracking = FlowTracking("gateway", 0.0, has_spool=True)
     tracking.configure(ON, 0.0)
     return tracking
 
