@@ -87,6 +87,7 @@ class ClientDns:
         self._system: tuple[bytes, ...] = ()
         self._portal_do53: tuple[bytes, ...] = ()
         self._portal_doh: tuple[str, ...] = ()
+        self._is_configured = False
         self._forwarded: dict[int, tuple[Asker, Query, bool]] = {}
         self._next_token = 0
         self._packets: deque[Packet] = deque()
@@ -99,6 +100,7 @@ class ClientDns:
         """Take the portal's servers; whether the sentinels changed."""
         self._portal_do53 = tuple(ip.packed for ip in interface.upstream_do53)
         self._portal_doh = interface.upstream_doh
+        self._is_configured = True
         return self._update()
 
     def set_system_resolvers(self, ips: Iterable[bytes]) -> bool:
@@ -111,6 +113,8 @@ class ClientDns:
         return self._update()
 
     def _update(self) -> bool:
+        if not self._is_configured:
+            return False
         changed = self._sentinels.update(effective_upstreams(self._portal_do53, self._portal_doh, self._system))
         if changed:
             self._cache.flush()

@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 import dns.message
@@ -18,7 +18,7 @@ from fz_core.driver import clock
 from fz_core.driver.loop import Loop
 from fz_core.lab import Host, Lab
 from fz_core.linux import Interface, TunDevice, UdpSocket
-from fz_core.packet import DropReason
+from fz_core.packet import DropReason, build_udp
 from fz_core.portal import client as messages
 from fz_core.portal.types import CidrResource, DnsResource, Filter, Site
 from fz_core.portal.types import Interface as Config
@@ -201,6 +201,32 @@ async def test_bad_queries_in_a_batch_leave_the_others_answered() -> None:
             r.loop.stop()
         assert answered == [n for n in range(30) if n not in (4, 15)]
         assert r.state.drops[DropReason.MALFORMED_DNS] == 2
+
+
+@pytest.mark.shows(94)
+async def test_packets_keep_their_order_when_the_device_makes_us_wait() -> None:
+    with rig() as r:
+        refusals = iter([True, True, False] * 100)
+        write = r.tun.write
+        r.tun.write = lambda packet: False if next(refusals) else write(packet)  # type: ignore[method-assign]
+        gateway = ip_address("10.20.0.9").packed
+        for n in range(20):
+            r.loop.submit(lambda now, n=n: r.state._packets.append(build_udp(gateway, V4.packed, 7, 5000, b"%02d" % n)))
+        r.app.setblocking(False)
+        received: list[bytes] = []
+
+        def collect() -> bool:
+            try:
+                while True:
+                    received.append(r.app.recv(100))
+            except BlockingIOError:
+                return len(received) == 20
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(collect)
+            r.loop.stop()
+        assert received == [b"%02d" % n for n in range(20)]
 
 
 async def test_errors_of_one_family_do_not_cost_the_other_its_datagrams() -> None:

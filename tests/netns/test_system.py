@@ -13,7 +13,7 @@ import pytest
 
 from fz_core.lab import Lab, LabError
 from fz_core.lab.certificates import Authority
-from fz_core.lab.names import start_names
+from fz_core.lab.names import dig, start_names
 from fz_core.lab.servers import start_doh
 from fz_core.lab.system import Programs, System
 from tests.netns.name_scenarios import NAME_SCENARIOS, awaits_sentinels, expect, load, must_fail, named_system, ping
@@ -23,6 +23,7 @@ from tests.netns.scenarios import SCENARIOS, eventually
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 
 
+@pytest.mark.shows(96)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str) -> None:
     SCENARIOS[name](Programs())
@@ -80,6 +81,40 @@ def test_names_resolve_by_the_systems_functions_too() -> None:
         for name, family in (("wiki", 4), ("wiki", 6), ("alias", 4), ("six", 6)):
             eventually_that(name, partial(load, system, name, family=family))
         must_fail("a name that does not exist", lambda: load(system, "absent"))
+
+
+@pytest.mark.shows(50, 53)
+@pytest.mark.peer("unbound", "dig")
+def test_an_icmp_error_for_a_tunnelled_query_fails_that_query_at_once() -> None:
+    """Nobody serves DNS at 10.20.0.81: the server's "port unreachable" comes back through the tunnel."""
+
+    def prepare(system: System) -> None:
+        system.resources["net"] = "10.20.0.0/24"
+        system.allowed.add("net")
+        system.dns_servers = ["10.20.0.81", "10.20.0.80"]
+
+    with named_system(Programs(), prepare=prepare) as system:
+        gateway = system.gateways[0]
+        assert gateway.server is not None
+        assert gateway.names is not None
+        gateway.names.process.stop()
+        gateway.server.add_address("10.20.0.81")
+        host = system.clients[0].host
+        for tcp in (False, True):
+            assert dig(host, "www.public.example", server="100.100.111.1", tcp=tcp, timeout=4).status == "SERVFAIL"
+        ping(system, "10.20.0.80")
+
+
+@pytest.mark.shows(94)
+def test_a_deleted_device_ends_the_program_once_with_one_line() -> None:
+    with Lab() as lab:
+        system = System(lab)
+        system.start()
+        for member in (*system.clients, *system.gateways):
+            member.host.run("ip", "link", "del", "tun-firezone")
+            assert member.process.wait(10) == 1
+            assert member.process.output.count("was the device deleted?") == 1
+            assert "Traceback" not in member.process.output
 
 
 def test_two_gateways_of_one_site_share_the_work_and_stand_in_for_each_other() -> None:

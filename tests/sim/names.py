@@ -53,6 +53,11 @@ class Names(System):
             interface = Interface(init.interface.ipv4, init.interface.ipv6, (UPSTREAM,))
             client.tell(c.Init(interface, init.resources, init.relays))
 
+    def set_upstreams(self, *servers: Any) -> None:
+        """The portal names these servers."""
+        ips = self.portal.init(self._id(self.client)).interface
+        self.client.tell(c.ConfigChanged(Interface(ips.ipv4, ips.ipv6, servers)))
+
     def _id(self, peer: Peer) -> str:
         return next(i for i, (_, p, *_) in self.portal.peers.items() if p is peer)
 

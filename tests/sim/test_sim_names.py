@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
+import dns.message
+import dns.rrset
 import pytest
 
 from fz_core.packet import DropReason, IcmpErrorKind, build_icmp, build_udp, verify_checksums
 from fz_core.portal import client as c
-from fz_core.portal.types import Filter
-from fz_core.tunnel.events import DnsRecordsChanged
-from tests.sim.names import TCP, UDP, Names, named, uuid
+from fz_core.portal.types import CidrResource, DynamicDevicePool, Filter
+from fz_core.tunnel.events import DnsRecordsChanged, ForwardQuery, SendToPortal, TunConfigChanged
+from tests.sim.names import SENTINEL, SITE, TCP, UDP, UPSTREAM, Names, named, uuid
 
 ICMP = 1
+SENTINEL6 = "fd00:2021:1111:8000:100:100:111:0"
 WIKI = {"wiki.corp.example": ("10.0.0.80", "10.0.0.81", "fd20::80")}
 
 
@@ -251,9 +254,6 @@ def test_forwarded_queries_and_their_end() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     answers: list[bytes | None] = []
     names.client.upstream = lambda query: answers[-1]
-    import dns.message
-    import dns.rrset
-
     question = dns.message.make_query("example.org", "A", use_edns=False)
     reply = dns.message.make_response(question)
     reply.answer.append(dns.rrset.from_text("example.org.", 300, "IN", "A", "192.0.2.1"))
@@ -277,3 +277,119 @@ def test_portal_texts_with_bad_patterns_do_no_harm() -> None:
     assert len(names.addresses("wiki.corp.example")) == 4
     names.client.tell(c.ResourceDeleted(uuid(2)))
     assert names.query("wiki.corp.example") is None  # forwarded, and nobody answers
+
+
+@pytest.mark.shows(47)
+@pytest.mark.parametrize("connected", [False, True])
+@pytest.mark.parametrize(("sentinel", "family"), [(SENTINEL, 4), (SENTINEL6, 6)])
+def test_services_and_texts_are_asked_in_the_site(connected: bool, sentinel: str, family: int) -> None:
+    """The query waits for the authorization, then goes to the gateway's own name server."""
+    names = Names(named(1, "**.corp.example"), zone=WIKI)
+    names.client.state.set_system_resolvers([ip_address("2001:db8::53").packed], names.world.now)
+    if family == 6:  # a sentinel has the family of its server
+        names.set_upstreams(ip_address("2001:db8::53"))
+    if connected:
+        names.talk(names.addresses("wiki.corp.example", sentinel=sentinel)[0])
+    asked: list[ForwardQuery] = []
+
+    def upstream(query: ForwardQuery) -> bytes:
+        asked.append(query)
+        reply = dns.message.make_response(dns.message.from_wire(query.payload))
+        reply.answer.append(dns.rrset.from_text(reply.question[0].name, 60, "IN", "SRV", "1 2 5060 wiki.corp.example."))
+        return reply.to_wire()
+
+    names.client.upstream = upstream
+    found = names.addresses("_sip._tcp.corp.example", "SRV", sentinel=sentinel, wait=1.0)
+    assert found == ["1 2 5060 wiki.corp.example."]
+    assert [(q.server, q.port, q.via_tunnel, q.tcp) for q in asked] == [
+        (names.ip_of(names.gateway_id, family), 53535, True, False)
+    ]
+    assert names.asked() == [uuid(1)]
+
+
+@pytest.mark.shows(48, 49)
+def test_names_of_a_dynamic_pool_come_from_the_portal_and_before_resources() -> None:
+    pool = DynamicDevicePool(uuid(9), "devices", "*.corp.example")
+    names = Names(named(1, "*.corp.example"), pool, zone=WIKI)
+    assert names.query("laptop.corp.example") is None
+    assert names.query("laptop.corp.example", "AAAA") is None
+    sent = [e.message for e in names.client.events if isinstance(e, SendToPortal)]
+    assert sent.count(c.ResolveDevicePoolDomain(uuid(9), "laptop.corp.example")) == 1
+    before = len(names.client.packets)
+    ips = ip_address("100.64.0.7"), ip_address("fd00:2021:1111::7")
+    names.client.tell(c.DevicePoolDomainResolved(uuid(9), "laptop.corp.example", *ips))
+    assert len([p for p in names.client.packets[before:] if p.src_port == 53]) == 2
+    assert names.addresses("laptop.corp.example") == ["100.64.0.7"]
+    assert names.addresses("laptop.corp.example", "TXT") == []
+
+
+@pytest.mark.shows(52)
+def test_the_ends_of_forwarded_queries() -> None:
+    """A local time-out is passed over in silence, one of the tunnel is SERVFAIL; after a reset nothing comes."""
+    names = Names(named(1, "*.corp.example"), zone=WIKI)
+    names.query("one.example.org")
+    forwarded = [e for e in names.client.events if isinstance(e, ForwardQuery)]
+    assert [q.via_tunnel for q in forwarded] == [False]
+    before = len(names.client.packets)
+    names.client.state.handle_dns_result(forwarded[0].token, None, names.world.now, timed_out=True)
+    names.client.drain()
+    assert names.client.packets[before:] == []
+    names.set_resources(CidrResource(uuid(2), ip_network("192.0.2.0/24"), "net", (), (SITE,)))
+    for name in ("two.example.org", "three.example.org", "four.example.org"):
+        names.query(name)
+    two, three, four = [e for e in names.client.events if isinstance(e, ForwardQuery)][1:]
+    assert [(q.via_tunnel, q.server) for q in (two, three)] == [(True, UPSTREAM.packed)] * 2
+    names.client.state.handle_dns_result(two.token, None, names.world.now, timed_out=True)
+    names.client.drain()
+    answers = [dns.message.from_wire(p.payload) for p in names.client.packets[before:] if p.src_port == 53]
+    assert [(a.question[0].name.to_text(), a.rcode()) for a in answers] == [("two.example.org.", 2)]
+    names.client.state._dns.reset()
+    for query in (three, four):
+        names.client.state.handle_dns_result(query.token, query.payload, names.world.now)
+    names.client.drain()
+    assert len(names.client.packets[before:]) == 1
+    assert names.client.state._dns.poll_timeout() is None
+
+
+@pytest.mark.shows(50)
+def test_a_reply_that_is_none_is_servfail_and_counted() -> None:
+    names = Names(named(1, "*.corp.example"), zone=WIKI)
+    for reply in (b"", b"\xff" * 600, dns.message.make_response(dns.message.make_query("else.org", "A")).to_wire()):
+        names.client.upstream = lambda query, reply=reply: reply
+        answer = names.query("one.example.org")
+        assert answer is not None
+        assert answer.rcode() == 2
+    assert names.client.state.drops[DropReason.MALFORMED_DNS] == 3
+
+
+@pytest.mark.shows(44)
+def test_names_of_an_earlier_session_keep_their_addresses() -> None:
+    names = Names(named(1, "*.corp.example"), named(2, "*.other.example"), zone=WIKI)
+    first = names.addresses("wiki.corp.example")
+    second = names.addresses("a.other.example")
+    records = names.client.state.dns_records
+    names.start("client", names.client)
+    names.client.state.restore_dns_records(records)
+    names.world.run_for(0.5)
+    names.set_resources(named(1, "*.corp.example"), named(2, "*.new.example"))
+    assert kinds(names.talk(first[0])) == [UDP]
+    assert names.talk(second[0]) == []  # its resource has another pattern now
+    assert names.addresses("wiki.corp.example") == first
+    assert names.addresses("b.new.example")[0] == "100.96.0.9"
+
+
+@pytest.mark.shows(36, 37)
+def test_servers_of_the_portal_come_before_those_of_the_host() -> None:
+    names = Names(named(1, "*.corp.example"), zone=WIKI)
+    names.client.state.set_system_resolvers(
+        [ip_address(ip).packed for ip in ("198.51.100.1", "100.100.111.1", "198.51.100.1")], names.world.now
+    )
+    names.client.drain()
+    configs = [e for e in names.client.events if isinstance(e, TunConfigChanged)]
+    assert configs[-1].sentinels == ((SENTINEL, "192.0.2.53"),)
+    names.set_upstreams()
+    assert names.client.events[-1].sentinels == (("100.100.111.2", "198.51.100.1"),)
+    # traffic to the sentinel of before goes nowhere
+    names.client.state.drops.clear()
+    assert names.query("wiki.corp.example") is None
+    assert names.client.state.drops[DropReason.UNMAPPED_SENTINEL] == 1

@@ -80,6 +80,16 @@ def test_nothing_is_routed_before_init() -> None:
 
 
 @pytest.mark.shows(39)
+@pytest.mark.shows(53)
+def test_the_hosts_word_on_late_answers_stays_here() -> None:
+    """The kernel answers a reply to a closed socket with an ICMP error; it neither leaves nor asks for anything."""
+    client = Client(cidr(1, "10.0.0.0/8"))
+    late = build_udp(packed("10.0.0.53"), OWN4.packed, 53, 40000, b"late answer")
+    error = build_icmp(OWN4.packed, packed("10.0.0.53"), 3, 3, bytes(4) + late.data[:28])
+    assert client.give(error) is DropReason.UNSUPPORTED_PROTOCOL
+    assert (client.asked(), client.tun()) == ([], [])
+
+
 def test_traffic_to_unassigned_sentinels_is_swallowed() -> None:
     """spec/tunnel.md §23 item 39."""
     client = Client(InternetResource(uuid(5), sites=(SITE,)))

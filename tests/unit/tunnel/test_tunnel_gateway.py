@@ -21,6 +21,7 @@ from fz_core.packet import (
     build_icmp_prohibited,
     build_icmp_unreachable,
     build_ip,
+    build_tcp,
     build_udp,
 )
 from fz_core.portal import client as c
@@ -485,6 +486,34 @@ def test_proxies_outside_their_range_are_no_way_around_the_list() -> None:
     many = tuple(ip_address(f"100.96.0.{n}") for n in range(1, 18))
     assert access.give(control.AssignedIps(uuid(3), "a.example.com", many).build()) is DropReason.BAD_CONTROL
     assert access.give(control.AssignedIps(uuid(3), "a.example.com", ()).build()) is DropReason.BAD_CONTROL
+
+
+@pytest.mark.shows(75)
+def test_a_name_and_a_network_do_not_open_each_other() -> None:
+    access = Access(
+        DnsResource(uuid(3), "*.example.com", "dns", (Filter(TCP, 80, 80),)),
+        cidr(4, "10.20.0.0/24", Filter(UDP, 53, 53)),
+    )
+    access.system.gateway.zone = {"a.example.com": ("10.20.0.80",)}
+    assert access.give_control(assigned(uuid(3), "a.example.com"))["status"] == "Active"
+    assert access.tcp("10.20.0.80", 80) == PROHIBITED
+    assert access.udp("10.20.0.80", 53) == PASSED
+    assert access.udp("100.96.0.1", 53) == PROHIBITED
+    before = len(access.system.gateway.packets)
+    access.system.client.send(build_tcp(packed(access.own()), packed("100.96.0.1"), 1000, 80, flags=2))
+    access.world.run_for(0.1)
+    assert [(p.dst, p.dst_port) for p in access.system.gateway.packets[before:]] == [(packed("10.20.0.80"), 80)]
+
+
+@pytest.mark.shows(76)
+def test_the_internet_resource_does_not_widen_a_names_filter() -> None:
+    access = Access(InternetResource(uuid(5)), DnsResource(uuid(3), "*.example.com", "dns", (Filter(TCP, 80, 80),)))
+    access.system.gateway.zone = {"a.example.com": ("10.20.0.80",)}
+    assert access.udp("100.96.0.1") == PROHIBITED
+    assert access.give_control(assigned(uuid(3), "a.example.com"))["status"] == "Active"
+    assert access.udp("100.96.0.1") == PROHIBITED
+    assert access.udp("1.1.1.1") == PASSED
+    assert access.udp("10.20.0.80") == UNREACHABLE
 
 
 def test_look_ups_of_one_client_are_bounded_and_joined() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -200,3 +201,10 @@ def test_garbage_is_no_event_and_an_unknown_status_is_inactive() -> None:
     assert control.parse_untrusted(9, b"") is None
     odd = control.parse_untrusted(control.DOMAIN_STATUS, b'{"resource":"r","domain":"x","status":"Later","more":1}')
     assert odd == control.DomainStatus("r", "x", active=False)
+
+
+@pytest.mark.shows(8)
+def test_a_status_never_heard_of_is_inactive() -> None:
+    for text, active in (("Active", True), ("Inactive", False), ("active", False), ("Pending", False), ("", False)):
+        body = json.dumps({"resource": "r", "domain": "a.example", "status": text, "new": 1}).encode()
+        assert control.parse_untrusted(1, body) == control.DomainStatus("r", "a.example", active)
