@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 
 class Role(Enum):
@@ -28,7 +29,8 @@ class TunnelConfig:
     Client: `dns_control` says how the host's DNS is pointed at the tunnel: `systemd-resolved`,
     `etc-resolv-conf` or `disabled`. Gateway: `userspace_dns` resolves names with a cache that honours
     their TTL instead of the system's functions; `mix_families` lets clients reach a name that has
-    addresses of one family only through both (NAT64 and NAT46).
+    addresses of one family only through both (NAT64 and NAT46). `flow_logs` tracks flows for the log even
+    if the portal does not want them; those it wants wait in `flow_log_dir`, None: they are not kept.
     """
 
     role: Role
@@ -42,5 +44,7 @@ class TunnelConfig:
     dns_control: str = "disabled"
     userspace_dns: bool = True
     mix_families: bool = True
+    flow_logs: bool = False
+    flow_log_dir: Path | None = None
     tun_name: str = "tun-firezone"
     listen_port: int = 52625

@@ -23,6 +23,9 @@ from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
 from fz_core.driver.client_names import ClientNames
 from fz_core.driver.config import ConfigError, Role, TunnelConfig, TunnelFailed
+from fz_core.driver.flow_log import log_record
+from fz_core.driver.flow_spool import FlowSpool
+from fz_core.driver.flow_upload import FlowUploader
 from fz_core.driver.gateway_names import GatewayNames
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
@@ -54,6 +57,7 @@ from fz_core.tunnel import ClientTunnel, GatewayTunnel, PacketError, TunnelError
 from fz_core.tunnel.events import (
     DnsDecision,
     DnsRecordsChanged,
+    FlowLogsConfigured,
     ForwardQuery,
     PacketsDropped,
     ResolveName,
@@ -62,6 +66,7 @@ from fz_core.tunnel.events import (
     TunConfigChanged,
     TunnelEvent,
 )
+from fz_core.tunnel.flow_tracking import FlowTracking
 
 EVENT_QUEUE = 256
 COMPONENTS = {Role.CLIENT: "headless-client", Role.GATEWAY: "gateway"}
@@ -77,13 +82,16 @@ class Tunnel:
     def __init__(self, config: TunnelConfig) -> None:
         self._config = config
         private_key = PrivateKey(secrets.token_bytes(32))
-        start = (private_key, clock.now(), clock.unix_epoch(), secrets.token_bytes)
+        spool, unix_epoch = config.flow_log_dir, clock.unix_epoch()
+        start = (private_key, clock.now(), unix_epoch, secrets.token_bytes)
+        flows = FlowTracking(config.role.value, unix_epoch, is_local=config.flow_logs, has_spool=spool is not None)
+        self._spool = None if spool is None else FlowSpool(spool)
         self._state: ClientTunnel | GatewayTunnel
         if config.role is Role.CLIENT:
-            self._state = ClientTunnel(*start)
+            self._state = ClientTunnel(*start, flows=flows)
             self._state.set_internet_resource(config.internet_resource, clock.now())
         else:
-            self._state = GatewayTunnel(*start, mix_families=config.mix_families)
+            self._state = GatewayTunnel(*start, mix_families=config.mix_families, flows=flows)
         self._public_key = base64.b64encode(private_key.public).decode()
         self._login = _login(config)
         self._loop: Loop | None = None
@@ -141,9 +149,10 @@ class Tunnel:
             finally:
                 self._loop = None
                 self._sender.close()
-                if isinstance(self._names, ClientNames):
-                    with trio.CancelScope(shield=True):
+                with trio.CancelScope(shield=True):
+                    if isinstance(self._names, ClientNames):
                         await self._names.restore()
+                    await self._finish_flow_logs()
 
     async def _open_names(self, loop: Loop) -> ClientNames | GatewayNames:
         if isinstance(self._state, GatewayTunnel):
@@ -168,6 +177,8 @@ class Tunnel:
                 nursery.start_soon(self._listen, link, loop)
                 nursery.start_soon(self._configure, interface, configs, self._names)
                 nursery.start_soon(_follow_network, interface)
+                if self._config.flow_log_dir is not None:
+                    nursery.start_soon(FlowUploader(self._config.flow_log_dir, self._names.resolve_portal).run)
                 await loop.run()
                 nursery.cancel_scope.cancel()
         except* (TunnelFailed, HostError) as failed:
@@ -226,12 +237,30 @@ class Tunnel:
                     if self._names is not None:
                         self._names.handle(event)
                     continue
+                case FlowLogsConfigured(settings):
+                    if self._spool is not None:
+                        self._spool.configure(settings)
+                    continue
                 case TunConfigChanged():
                     self._configs.send_nowait(event)
                 case ResourcesChanged() if isinstance(self._names, ClientNames):
                     self._names.flush_caches()
             log_event(event)
             self._tell(event)
+        self._store_flow_logs()
+
+    def _store_flow_logs(self) -> None:
+        while (record := self._state.flows.poll_record()) is not None:
+            log_record(record)
+            if self._spool is not None:
+                self._spool.put(record)
+
+    async def _finish_flow_logs(self) -> None:
+        """Every flow has ended; what is queued gets a few seconds."""
+        self._state.flows.shutdown(clock.now())  # done already, unless the loop failed
+        self._store_flow_logs()
+        if self._spool is not None:
+            await trio.to_thread.run_sync(self._spool.close)
 
     def _tell(self, event: TunnelEvent) -> None:
         try:

@@ -1,6 +1,6 @@
 """Connections to peers: relays, ICE and WireGuard composed (floor 3)."""
 
-from fz_core.node.connection import Parameters, Profiles
+from fz_core.node.connection import Parameters, Path, Profiles
 from fz_core.node.events import NodeEvent, NoRelays
 from fz_core.node.node import CLIENT_PROFILES, GATEWAY_PROFILES, PEER_CLIENT_PROFILES, Node
 
@@ -12,5 +12,6 @@ __all__ = [
     "Node",
     "NodeEvent",
     "Parameters",
+    "Path",
     "Profiles",
 ]

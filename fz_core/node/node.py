@@ -23,7 +23,7 @@ from fz_core.ice import (
     is_usable,
     optimistic_candidates,
 )
-from fz_core.node.connection import Connection, Parameters, Profiles, State
+from fz_core.node.connection import Connection, Parameters, Path, Profiles, State
 from fz_core.node.events import (
     CandidateAdded,
     CandidateRemoved,
@@ -208,6 +208,11 @@ class Node:
         """Whether packets can be sent to this peer."""
         connection = self._connections.by_peer.get(peer_id)
         return connection is not None and connection.is_ready
+
+    def path(self, peer_id: str) -> Path | None:
+        """Where data to this peer travels; the same object until that changes."""
+        connection = self._connections.by_peer.get(peer_id)
+        return None if connection is None else connection.path
 
     @property
     def peers(self) -> list[str]:

@@ -17,7 +17,7 @@ from fz_core.portal import client as messages
 from fz_core.portal.types import DynamicDevicePool, Interface, merge_relays
 from fz_core.tunnel import control
 from fz_core.tunnel.authorizations import AccessKey
-from fz_core.tunnel.client_dns import ClientDns, SiteAsker
+from fz_core.tunnel.client_dns import DNS_PORT, ClientDns, SiteAsker
 from fz_core.tunnel.client_peers import PeerTunnel
 from fz_core.tunnel.events import (
     AccessEnded,
@@ -31,6 +31,7 @@ from fz_core.tunnel.events import (
     TunConfigChanged,
     TunnelEvent,
 )
+from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.latest import Latest
 from fz_core.tunnel.name_setups import NameSetups, SetupKey
 from fz_core.tunnel.peer_access import PeerDecision
@@ -46,9 +47,15 @@ class ClientTunnel(PeerTunnel):
     """Sans-IO state of a client. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
 
     def __init__(
-        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+        self,
+        private_key: PrivateKey,
+        now: float,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        *,
+        flows: FlowTracking | None = None,
     ) -> None:
-        super().__init__(private_key, now, unix_epoch, random_bytes)
+        super().__init__(private_key, now, unix_epoch, random_bytes, flows=flows)
         self._dns = ClientDns(self._names, self, self.drops, random_bytes)
         self._setups = NameSetups()
         self._config: Latest[TunConfigChanged] = Latest()
@@ -133,9 +140,10 @@ class ClientTunnel(PeerTunnel):
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
+        self.flows.shutdown(now)
         for peer_id in self.node.peers:
             self.node.close(peer_id, control.Goodbye().build().data, now)
-            self._forget_peer(peer_id, "shutdown")
+            self._forget_peer(peer_id, "shutdown", now)
         self._collect(now)
 
     # time and output
@@ -143,6 +151,7 @@ class ClientTunnel(PeerTunnel):
     def handle_timeout(self, now: float) -> None:
         """Run every timer that is due."""
         self.node.handle_timeout(now)
+        self.flows.handle_timeout(now)
         self._dns.handle_timeout(now)
         self._dns.settle(now)
         due = self._sites.poll_timeout()
@@ -161,6 +170,7 @@ class ClientTunnel(PeerTunnel):
             (self._dns.poll_timeout(), "DNS"),
             (self._sites.poll_timeout(), "site status"),
             (self._peers.next_expiry(), "access expiry"),
+            (self.flows.poll_timeout(), "flow logs"),
         )
         return min(((at, why) for at, why in due if at is not None), default=None)
 
@@ -202,7 +212,10 @@ class ClientTunnel(PeerTunnel):
         if peer is not None:
             decision = peer.access.decide_outbound(packet, peer.flows, now)
             if decision is PeerDecision.ACCEPT:
-                return self._send(peer.id, packet, now, routed=False)
+                reason = self._send(peer.id, packet, now, routed=False)
+                if reason is None and self.flows.tracker is not None:
+                    self.flows.tracker.handle_rx(peer.id, packet, now)
+                return reason
             if isinstance(decision, DropReason):
                 return decision
         elif not is_classifiable(packet):
@@ -231,7 +244,10 @@ class ClientTunnel(PeerTunnel):
             self._announce(gateway_id, announcement, now)
             if not may_go:
                 return None
-        return self._send(gateway_id, packet, now, routed=True)
+        if packet.dst_port == DNS_PORT and self._dns.is_upstream(packet.dst):
+            return self._send(gateway_id, packet, now, routed=True)  # our own questions are nobody's flow
+        name = None if target.name is None else target.name.name
+        return self._send_flow(gateway_id, target.resource_id, packet, now, name)
 
     def _announce(self, gateway_id: str, announcement: control.AssignedIps | None, now: float) -> None:
         if announcement is not None:
@@ -283,6 +299,8 @@ class ClientTunnel(PeerTunnel):
             return DropReason.NOT_ALLOWED
         if packet.is_icmp_error:
             self._note_prohibition(peer_id, packet, now)
+        if self.flows.tracker is not None:
+            self.flows.tracker.handle_rx(peer_id, packet, now)
         self._deliver(packet, ecn)
         return None
 
@@ -297,7 +315,7 @@ class ClientTunnel(PeerTunnel):
         match control.parse_untrusted(packet.control_event_type, packet.control_body):
             case control.Goodbye():
                 self.node.remove(peer_id)
-                self._forget_peer(peer_id, "the peer said goodbye")
+                self._forget_peer(peer_id, "the peer said goodbye", now)
                 self._collect(now)
             case control.DomainStatus(resource_id, domain, active) if self._peers.get(peer_id) is None:
                 key = SetupKey(peer_id, domain.lower(), resource_id)
@@ -316,6 +334,7 @@ class ClientTunnel(PeerTunnel):
         for resource in message.resources:
             self._add_resource(resource, now)
         self._configure(message.interface)
+        self._configure_flow_logs(message.flow_logs, now)
         self._resync_grants(message.authorizations, now)
 
     def _configure(self, interface: Interface) -> None:
@@ -380,7 +399,7 @@ class ClientTunnel(PeerTunnel):
         idle_gateway = self._gateways.revoke(resource_id)
         if idle_gateway is not None:
             self.node.close(idle_gateway, control.Goodbye().build().data, now)
-            self._forget_peer(idle_gateway, "its last resource is gone")
+            self._forget_peer(idle_gateway, "its last resource is gone", now)
 
     # portal messages: access
 
@@ -404,6 +423,7 @@ class ClientTunnel(PeerTunnel):
             return
         tunnel_ips = (message.gateway_ipv4.packed, message.gateway_ipv6.packed)
         self._gateways.authorize(message.gateway_id, tunnel_ips, resource.id, self.resources.networks_of(resource.id))
+        self.flows.learn(message.gateway_id, resource.id, message.ingest_token)
         self._sites.assign(message.gateway_id, message.site_id)
         self._await_connection(message.gateway_id)
         for entry in self._names_of(resource.id)[-EAGER_NAMES:]:
@@ -427,14 +447,14 @@ class ClientTunnel(PeerTunnel):
         gateway_id = self._gateways.serving(resource_id)
         if gateway_id is not None:
             self.node.remove(gateway_id)
-            self._forget_peer(gateway_id, "the portal calls its site offline")
+            self._forget_peer(gateway_id, "the portal calls its site offline", now)
 
     # what the node reports
 
-    def _handle_connection_lost(self, peer_id: str, reason: str) -> None:
+    def _handle_connection_lost(self, peer_id: str, reason: str, now: float) -> None:
         peer = self._peers.get(peer_id)
         if peer is None:
-            self._forget_peer(peer_id, reason)
+            self._forget_peer(peer_id, reason, now)
             return
         peer.pools.clear()
         self._waiting.close(peer_id)
@@ -450,7 +470,8 @@ class ClientTunnel(PeerTunnel):
             self._note_drop(self._send(peer_id, packet, now, routed=False))
         self._replay(routed, now)
 
-    def _forget_peer(self, peer_id: str, reason: str) -> None:
+    def _forget_peer(self, peer_id: str, reason: str, now: float) -> None:
+        self.flows.end_peer(peer_id, now)
         self._candidates.forget(peer_id)
         self._waiting.close(peer_id)
         self._sites.handle_gone(peer_id)

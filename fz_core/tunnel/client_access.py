@@ -20,6 +20,8 @@ from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
 
 SHARED_TERMS = 8192
 
+Attribution = tuple[str, str | None]
+
 
 class Decision(Enum):
     """What happens to a packet of a client."""
@@ -201,6 +203,25 @@ class ClientAccess:
         assert self._nat is not None
         assert real is not None
         return self._nat.translate_outgoing(packet, real, now)
+
+    def attribute(self, packet: Packet) -> Attribution | None:
+        """The resource, and its name if it has one, that a packet which passes is for; asked before translation.
+
+        None for this gateway's own addresses. As in routing, a network beats the internet, and then the higher id.
+        """
+        dst, traffic = packet.dst, outbound(packet)
+        if dst in self.own_ips:
+            return None
+        proxy = self._proxies.get(dst) if dst in PROXY_RANGE else None
+        if proxy is not None:
+            allowing = (i for i in proxy.resource_ids if self._name_allows((i,), *traffic))
+            resource_id = max(allowing, default=None)
+            return None if resource_id is None else (resource_id, proxy.name)
+        verdict = self._routes.lookup(dst, *traffic)
+        if verdict is not None and verdict.allowed:
+            return verdict.route.resource_id, None
+        internet = (i for i, g in self._grants.items() if isinstance(g.terms.resource, InternetResource))
+        return next(((i, None) for i in internet), None)
 
     def admit(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
         """A packet from this host or its network, as the client shall see it, or why it may not (§14, from TUN)."""

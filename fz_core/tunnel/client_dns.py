@@ -146,6 +146,10 @@ class ClientDns:
         """Whether a server stands behind this address."""
         return self._sentinels.upstream_of(ip) is not None
 
+    def is_upstream(self, ip: bytes) -> bool:
+        """Whether this is a name server that we ask."""
+        return any(upstream.ip == ip for _, upstream in self._sentinels.mapping)
+
     def handle_packet(self, packet: Packet, now: float) -> DropReason | None:
         """Take a packet to a sentinel."""
         if packet.dst_port != DNS_PORT or packet.protocol not in (UDP, TCP):

@@ -28,6 +28,7 @@ from fz_core.tunnel.events import (
     ResourcesChanged,
     SendToPortal,
 )
+from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.gateways import Gateways
 from fz_core.tunnel.latest import Latest
 from fz_core.tunnel.peer_access import PeerDecision
@@ -36,6 +37,7 @@ from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.resources import Resources, Target, Via
 from fz_core.tunnel.role import TunnelRole
 from fz_core.tunnel.status import Sites
+from fz_core.tunnel.traffic import outbound
 from fz_core.tunnel.waiting import WaitingPackets
 
 
@@ -43,9 +45,15 @@ class PeerTunnel(TunnelRole):
     """The part of `ClientTunnel` that knows peers, whatever they are."""
 
     def __init__(
-        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+        self,
+        private_key: PrivateKey,
+        now: float,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        *,
+        flows: FlowTracking | None = None,
     ) -> None:
-        super().__init__(private_key, now, unix_epoch, random_bytes)
+        super().__init__(private_key, now, unix_epoch, random_bytes, flows or FlowTracking("client", unix_epoch))
         self._clock = PortalClock(unix_epoch, now)
         self._names = ProxyNames()
         self.resources = Resources(self._names)
@@ -59,7 +67,7 @@ class PeerTunnel(TunnelRole):
         self._interface: Interface | None = None
 
     @abstractmethod
-    def _forget_peer(self, peer_id: str, reason: str) -> None: ...
+    def _forget_peer(self, peer_id: str, reason: str, now: float) -> None: ...
 
     # any peer
 
@@ -67,6 +75,17 @@ class PeerTunnel(TunnelRole):
         if self._waiting.push(peer_id, packet, routed=routed):
             return None
         return self._transmit(peer_id, packet, now)
+
+    def _send_flow(
+        self, peer_id: str, resource_id: str, packet: Packet, now: float, domain: str | None = None
+    ) -> DropReason | None:
+        """Send what was routed to a resource; a packet that waits becomes part of a flow when it is sent."""
+        if self._waiting.push(peer_id, packet, routed=True):
+            return None
+        reason = self._transmit(peer_id, packet, now)
+        if reason is None and self.flows.tracker is not None:
+            self.flows.note_tx(peer_id, resource_id, packet, self.node.path(peer_id), now, domain=domain)
+        return reason
 
     def _request(
         self, key: AccessKey, now: float, *, packet: Packet | None = None, query: SiteAsker | None = None
@@ -138,7 +157,7 @@ class PeerTunnel(TunnelRole):
             self._request(AccessKey(target.resource_id, packet.dst), now, packet=packet)
             return None
         peer.flows.handle_outbound(packet, now)
-        return self._send(peer.id, packet, now, routed=True)
+        return self._send_flow(peer.id, target.resource_id, packet, now)
 
     def _accept_from_peer(self, peer: PeerClient, packet: Packet, ecn: int, now: float) -> DropReason | None:
         decision = peer.access.decide_inbound(packet, self._own_ips, peer.ips, peer.flows, now)
@@ -149,8 +168,21 @@ class PeerTunnel(TunnelRole):
             return self._send(peer.id, build_icmp_prohibited(packet), now, routed=False)
         if packet.is_icmp_error:
             self._note_prohibition(peer.id, packet, now)
+        if self.flows.tracker is not None:
+            self._note_from_peer(peer, packet, now)
         self._deliver(packet, ecn)
         return None
+
+    def _note_from_peer(self, peer: PeerClient, packet: Packet, now: float) -> None:
+        """An accepted packet of a peer client: an answer in our flow, or part of one the peer opened."""
+        assert self.flows.tracker is not None
+        if peer.flows.is_reply(packet, now):
+            self.flows.tracker.handle_rx(peer.id, packet, now)
+            return
+        resource_id = peer.access.attribute(*outbound(packet), now)
+        if resource_id is not None:
+            path = self.node.path(peer.id)
+            self.flows.note_tx(peer.id, resource_id, packet, path, now, opened_by_peer=True)
 
     def _authorize_device(self, message: messages.ClientDeviceAccessAuthorized, now: float) -> None:
         if self._interface is None:
@@ -177,9 +209,12 @@ class PeerTunnel(TunnelRole):
             expires_at = self._clock.monotonic(message.expires_at, now)
             peer.access.grant(message.resource.resource_id, message.resource.filters, expires_at)
             self._events.append(AccessGranted(peer.id, message.resource.resource_id, message.expires_at))
+            self.flows.learn(peer.id, message.resource.resource_id, message.ingest_token, opened_by_peer=True)
         self._await_connection(peer.id)
         for key in wanted:
             peer.pools.add(key.resource_id)
+            if message.resource is None:
+                self.flows.learn(peer.id, key.resource_id, message.ingest_token)
             waiting = self._pending.resolve(key)
             self._replay(waiting.packets if waiting else [], now)
         self._views.is_due = True
@@ -198,7 +233,7 @@ class PeerTunnel(TunnelRole):
         for key in self._pending.devices(*peer.ips):
             self._pending.drop(key)
         self.node.close(peer.id, control.Goodbye().build().data, now)
-        self._forget_peer(peer.id, reason)
+        self._forget_peer(peer.id, reason, now)
 
     def _resync_grants(self, listed: Iterable[Authorization], now: float) -> None:
         """The portal says which clients may reach us, and until when; nobody else may."""

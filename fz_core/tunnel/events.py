@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from fz_core.dns import DnsRecord
+from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.ranges import Network
 from fz_core.tunnel.status import DeviceView, ResourceView
 
@@ -30,6 +31,13 @@ class TunConfigChanged:
     routes: frozenset[Network]
     search_domain: str | None = None
     sentinels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FlowLogsConfigured:
+    """Where the portal wants flow logs, and how often."""
+
+    settings: FlowLogs
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,7 @@ class AccessEnded:
 
 TunnelEvent = (
     SendToPortal
+    | FlowLogsConfigured
     | TunConfigChanged
     | ResourcesChanged
     | ForwardQuery

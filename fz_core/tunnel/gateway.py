@@ -24,7 +24,7 @@ from fz_core.portal import gateway as messages
 from fz_core.portal.types import GatewayInterface, IceCredentials, merge_relays
 from fz_core.tunnel import control
 from fz_core.tunnel.candidates import CandidateBatch
-from fz_core.tunnel.client_access import ClientAccess, Decision
+from fz_core.tunnel.client_access import Attribution, ClientAccess, Decision
 from fz_core.tunnel.events import (
     AccessEnded,
     AccessGranted,
@@ -33,6 +33,7 @@ from fz_core.tunnel.events import (
     SendToPortal,
     TunConfigChanged,
 )
+from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.ranges import PEER_RANGE, PEERS, PROXY_RANGE, SENTINEL_RANGE
 from fz_core.tunnel.resolutions import Resolution, Resolutions
@@ -58,8 +59,9 @@ class GatewayTunnel(TunnelRole):
         random_bytes: Callable[[int], bytes],
         *,
         mix_families: bool = True,
+        flows: FlowTracking | None = None,
     ) -> None:
-        super().__init__(private_key, now, unix_epoch, random_bytes)
+        super().__init__(private_key, now, unix_epoch, random_bytes, flows or FlowTracking("gateway", unix_epoch))
         self._clock = PortalClock(unix_epoch, now)
         self._random_bytes = random_bytes
         self._mix_families = mix_families
@@ -98,6 +100,7 @@ class GatewayTunnel(TunnelRole):
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
+        self.flows.shutdown(now)
         for client_id in self.node.peers:
             self.node.close(client_id, control.Goodbye().build().data, now)
         self._collect(now)
@@ -107,16 +110,19 @@ class GatewayTunnel(TunnelRole):
     def handle_timeout(self, now: float) -> None:
         """Run every timer that is due; grants and translations are checked at most once a second."""
         self.node.handle_timeout(now)
+        self.flows.handle_timeout(now)
         if self._tick_at is not None and now >= self._tick_at:
             self._expire(now)
         self._collect(now)
 
     def poll_timeout(self) -> tuple[float, str] | None:
         """The next deadline and what it is for."""
-        due = [(d, "connections") for d in (self.node.poll_timeout(),) if d is not None]
-        if self._tick_at is not None:
-            due.append((self._tick_at, "access expiry"))
-        return min(due, default=None)
+        due = (
+            (self.node.poll_timeout(), "connections"),
+            (self._tick_at, "access expiry"),
+            (self.flows.poll_timeout(), "flow logs"),
+        )
+        return min(((at, why) for at, why in due if at is not None), default=None)
 
     def _look_by(self, at: float | None, now: float) -> None:
         """Something ends at this time, or may: look then, but not within a second from now."""
@@ -130,6 +136,8 @@ class GatewayTunnel(TunnelRole):
         client_id = self._by_ip.get(packet.dst)
         if client_id is None:
             return DropReason.NO_PEER_STATE if packet.dst in PEER_RANGE else DropReason.NOT_A_PEER
+        tracker = self.flows.tracker
+        flow = None if tracker is None else tracker.match_rx(client_id, packet, now)
         admitted = self._clients[client_id].admit(packet, now)
         if isinstance(admitted, DropReason):
             return admitted
@@ -138,7 +146,10 @@ class GatewayTunnel(TunnelRole):
             return DropReason.TOO_BIG
         if packet.tcp_flags & (FIN | RST):
             self._look_by(now, now)
-        return self._transmit(client_id, admitted, now)
+        reason = self._transmit(client_id, admitted, now)
+        if tracker is not None and flow is not None and reason is None:
+            tracker.count_rx(flow, admitted, now)
+        return reason
 
     def _accept(self, client_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None:
         access = self._clients.get(client_id)
@@ -147,6 +158,8 @@ class GatewayTunnel(TunnelRole):
             return self._handle_control(client_id, packet, now) if packet.is_fz_control else DropReason.NO_PEER_STATE
         match access.decide(packet):
             case Decision.PASS:
+                if self.flows.tracker is not None:
+                    self._note_flow(client_id, access.attribute(packet), packet, now)
                 self._deliver(packet, ecn)
             case Decision.TRANSLATE:
                 return self._translate(client_id, access, packet, ecn, now)
@@ -167,6 +180,7 @@ class GatewayTunnel(TunnelRole):
     def _translate(
         self, client_id: str, access: ClientAccess, packet: Packet, ecn: int, now: float
     ) -> DropReason | None:
+        attribution = None if self.flows.tracker is None else access.attribute(packet)
         translated = access.translate(packet, now)
         if isinstance(translated, DropReason):
             return translated
@@ -174,14 +188,22 @@ class GatewayTunnel(TunnelRole):
             return self._transmit(client_id, build_icmp_too_big(packet, translated.mtu), now) or DropReason.TOO_BIG
         if self._tick_at is None or self._tick_at > now + TICK:
             self._look_by(access.next_expiry(), now)
+        if attribution is not None:
+            self._note_flow(client_id, attribution, translated, now)
         self._deliver(translated, ecn)
         return None
+
+    def _note_flow(self, client_id: str, attribution: Attribution | None, packet: Packet, now: float) -> None:
+        """A packet of a client passes to a resource; as the resource sees it."""
+        if attribution is not None:
+            resource_id, name = attribution
+            self.flows.note_tx(client_id, resource_id, packet, self.node.path(client_id), now, domain=name)
 
     def _handle_control(self, client_id: str, packet: Packet, now: float) -> DropReason | None:
         match control.parse_untrusted(packet.control_event_type, packet.control_body):
             case control.Goodbye():
                 self.node.remove(client_id)
-                self._forget(client_id, "the client said goodbye")
+                self._forget(client_id, "the client said goodbye", now)
             case control.AssignedIps() as assigned:
                 return self._resolve_for(client_id, assigned, now)
             case _:
@@ -237,6 +259,7 @@ class GatewayTunnel(TunnelRole):
         self._interface = message.interface
         self._own_ips = (message.interface.ipv4.packed, message.interface.ipv6.packed)
         self.node.update_relays((), merge_relays(message.relays), now)
+        self._configure_flow_logs(message.flow_logs, now)
         self._events.append(TunConfigChanged(message.interface.ipv4, message.interface.ipv6, frozenset(PEERS)))
         for access in self._clients.values():
             access.own_ips = self._own_ips
@@ -262,6 +285,7 @@ class GatewayTunnel(TunnelRole):
             return
         ips = (message.client.ipv4.packed, message.client.ipv6.packed)
         self._grant(message.client.id, ips, message.resource, message.expires_at, now)
+        self.flows.learn(message.client.id, message.resource.id, message.ingest_token)
         self._events.append(SendToPortal(messages.AuthorizationCreated(message.ref)))
 
     def _connect(self, client_id: str, parameters: Parameters, now: float) -> bool:
@@ -295,6 +319,7 @@ class GatewayTunnel(TunnelRole):
     def _revoke(self, client_id: str, resource_id: str, reason: str, now: float) -> None:
         access = self._clients.get(client_id)
         if access is not None and access.revoke(resource_id):
+            self.flows.end_access(client_id, resource_id, now)
             self._events.append(AccessEnded(client_id, resource_id, reason))
             self._dismiss_if_empty(client_id, now)
 
@@ -302,6 +327,7 @@ class GatewayTunnel(TunnelRole):
         self._tick_at = None
         for client_id, access in list(self._clients.items()):
             for resource_id in access.expire(now):
+                self.flows.end_access(client_id, resource_id, now)
                 self._events.append(AccessEnded(client_id, resource_id, "expired"))
             if access.is_empty:
                 self._dismiss_if_empty(client_id, now)
@@ -311,9 +337,10 @@ class GatewayTunnel(TunnelRole):
     def _dismiss_if_empty(self, client_id: str, now: float) -> None:
         if self._clients[client_id].is_empty:
             self.node.close(client_id, control.Goodbye().build().data, now)
-            self._forget(client_id, "nothing is granted any more")
+            self._forget(client_id, "nothing is granted any more", now)
 
-    def _forget(self, client_id: str, reason: str) -> None:
+    def _forget(self, client_id: str, reason: str, now: float) -> None:
+        self.flows.end_peer(client_id, now)
         self._unindex(client_id)
         self._candidates.forget(client_id)
         self._legacy.pop(client_id, None)
@@ -393,7 +420,7 @@ class GatewayTunnel(TunnelRole):
     def _handle_connected(self, peer_id: str, now: float) -> None:
         """A gateway keeps no packets back."""
 
-    def _handle_connection_lost(self, peer_id: str, reason: str) -> None:
+    def _handle_connection_lost(self, peer_id: str, reason: str, now: float) -> None:
         # The grants stay: the client may still count on them when it returns.
         self._events.append(ConnectionDown(peer_id, reason))
 

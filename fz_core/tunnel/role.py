@@ -15,9 +15,11 @@ from fz_core.node import Node
 from fz_core.node import events as node_events
 from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit
 from fz_core.portal.client import NoRelays, SetSnownetCapabilities
+from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.candidates import CandidateBatch, CandidateOutbox
 from fz_core.tunnel.errors import PacketError
-from fz_core.tunnel.events import ConnectionUp, PathInUse, SendToPortal, TunnelEvent
+from fz_core.tunnel.events import ConnectionUp, FlowLogsConfigured, PathInUse, SendToPortal, TunnelEvent
+from fz_core.tunnel.flow_tracking import FlowTracking
 
 # Drops that are nobody's mistake: counted, but no error.
 SILENT = frozenset({DropReason.MULTICAST, DropReason.UNMAPPED_SENTINEL})
@@ -27,9 +29,15 @@ class TunnelRole(ABC):
     """Sans-IO state of one end. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
 
     def __init__(
-        self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
+        self,
+        private_key: PrivateKey,
+        now: float,
+        unix_epoch: float,
+        random_bytes: Callable[[int], bytes],
+        flows: FlowTracking,
     ) -> None:
         self.node = Node(private_key, now, unix_epoch, random_bytes)
+        self.flows = flows
         self.drops = DropCounter()
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._candidates = CandidateOutbox()
@@ -127,7 +135,7 @@ class TunnelRole(ABC):
     def _candidate_messages(self, batch: CandidateBatch) -> Iterator[Any]: ...
 
     @abstractmethod
-    def _handle_connection_lost(self, peer_id: str, reason: str) -> None: ...
+    def _handle_connection_lost(self, peer_id: str, reason: str, now: float) -> None: ...
 
     @abstractmethod
     def _handle_connected(self, peer_id: str, now: float) -> None: ...
@@ -147,6 +155,10 @@ class TunnelRole(ABC):
             packet.merge_ecn(ecn)
         self._packets.append(packet)
 
+    def _configure_flow_logs(self, settings: FlowLogs, now: float) -> None:
+        if self.flows.configure(settings, now):
+            self._events.append(FlowLogsConfigured(settings))
+
     def _collect(self, now: float) -> None:
         """Take over what the node reports, and release candidates while the portal is there."""
         while (event := self.node.poll_event()) is not None:
@@ -162,7 +174,7 @@ class TunnelRole(ABC):
                     self._events.append(PathInUse(peer_id, local, remote, relayed))
                 case node_events.ConnectionFailed(peer_id, reason):
                     self._candidates.forget(peer_id)
-                    self._handle_connection_lost(peer_id, reason)
+                    self._handle_connection_lost(peer_id, reason, now)
                 case node_events.ConnectionClosed(peer_id):
                     self._candidates.forget(peer_id)
                 case node_events.RelaysExhausted():
