@@ -49,6 +49,10 @@ def parser() -> OptionParser:
         help="of the log lines",
     )
     p.add_option(
+        "--flow-logs", env="FIREZONE_FLOW_LOGS", action="store_true", default=False,
+        help="log flows at target flow_logs, and track them even if the portal does not want them",
+    )  # fmt: skip
+    p.add_option(
         "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
         help="accepted; this program never sends any",
     )  # fmt: skip
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.exit(1)
     try:
-        configure(os.environ.get("RUST_LOG", "info"), as_json=options.log_format == "json")
+        configure(os.environ.get("RUST_LOG", "info"), as_json=options.log_format == "json", flow_logs=options.flow_logs)
     except LogFilterError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -96,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             token=options.token if options.token is not None else credential(),
             max_partition_time=options.max_partition_time,
             userspace_dns=feature_flag("GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS", True),
+            flow_logs=options.flow_logs,
+            flow_log_dir=Path("/var/lib/firezone/flow_logs"),
             mix_families=not feature_flag("ICMP_UNREACHABLE_INSTEAD_OF_NAT64", False),
         )
         serve(config, HealthServer(options.health_check_addr))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import structlog
 
@@ -56,6 +57,10 @@ def parser() -> OptionParser:
         help="how the host's DNS is pointed at the tunnel, so that names of resources resolve",
     )
     p.add_option(
+        "--flow-logs", env="FIREZONE_FLOW_LOGS", action="store_true", default=False,
+        help="log flows at target flow_logs, and track them even if the portal does not want them",
+    )  # fmt: skip
+    p.add_option(
         "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
         help="accepted; this program never sends any",
     )  # fmt: skip
@@ -72,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     token = os.environ.pop("FIREZONE_TOKEN", None)
     try:
-        configure(os.environ.get("RUST_LOG", "info"))
+        configure(os.environ.get("RUST_LOG", "info"), flow_logs=options.flow_logs)
         log = structlog.get_logger("firezone_headless_client")
         log.info("started logging", arch=os.uname().machine, version=VERSION)
         forbid_core_dumps()
@@ -93,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_partition_time=options.max_partition_time,
                 internet_resource=options.activate_internet_resource,
                 dns_control=options.dns_control,
+                flow_logs=options.flow_logs,
+                flow_log_dir=Path("/var/lib/dev.firezone.client/flow_logs"),
             )
         )
     except (ConfigError, HostError, LogFilterError) as error:
