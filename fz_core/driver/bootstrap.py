@@ -16,6 +16,7 @@ import dns.exception
 import dns.message
 import dns.name
 import dns.rcode
+import dns.rdata
 import dns.rdatatype
 import trio
 
@@ -25,6 +26,7 @@ from fz_core.packet import Address
 
 QUERY_TIMEOUT = 2.0
 MAX_ADDRESSES = 64
+MAX_KNOWN_TYPES = 1024
 TYPES = (dns.rdatatype.A, dns.rdatatype.AAAA)
 
 
@@ -99,6 +101,11 @@ def parse_untrusted(reply: bytes, server: Address) -> dns.message.Message:
         return dns.message.from_wire(reply, ignore_trailing=True)
     except (dns.exception.DNSException, ValueError, IndexError):
         raise DnsFailed(f"{server}: the reply does not decode") from None
+    finally:
+        # dnspython remembers every class and type it ever met, and there are billions
+        known = getattr(dns.rdata, "_rdata_classes", {})
+        if len(known) > MAX_KNOWN_TYPES:
+            known.clear()
 
 
 def addresses_in(response: dns.message.Message) -> list[bytes]:

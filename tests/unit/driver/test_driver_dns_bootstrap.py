@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
+import dns.rdata
 import pytest
 import trio
 import trio.testing
 from driver_dns_peers import Asked, Behaviour, Peer, reply, response, zone
 
-from fz_core.driver.bootstrap import resolve_host
+from fz_core.driver.bootstrap import MAX_KNOWN_TYPES, parse_untrusted, resolve_host
 from fz_core.driver.dns_client import DnsFailed
 from fz_core.driver.hosts_file import HostsFile
 from fz_core.driver.nameservers import Nameservers, read_resolv_conf
 from fz_core.linux import HostError
+from fz_core.packet import Address
 
 GOOD = zone({("portal.example", "A"): ["192.0.2.9", "192.0.2.1"], ("portal.example", "AAAA"): ["2001:db8::1"]})
 ADDRESSES = ("192.0.2.1", "192.0.2.9", "2001:db8::1")
@@ -186,3 +189,12 @@ def start(nursery: trio.Nursery, *behaviours: Behaviour) -> list[Peer]:
 
 async def resolve(peers: list[Peer], hosts: Path) -> tuple[str, ...]:
     return await resolve_host("portal.example", IPS[: len(peers)], hosts, port=peers[0].port, marked=False)
+
+
+def test_strange_types_of_many_replies_do_not_add_up() -> None:
+    """dnspython keeps a class per record class and type it has met; a hostile server may invent them all."""
+    for number in range(3000):
+        record = b"\xc0\x0c" + struct.pack("!HHIH", 1000 + number, 2 + number, 60, 0)
+        reply = struct.pack("!HHHHHH", 1, 0x8180, 1, 1, 0, 0) + b"\x01a\0" + struct.pack("!HH", 1, 1) + record
+        assert len(parse_untrusted(reply, Address(bytes(4), 53)).answer) == 1
+    assert len(dns.rdata._rdata_classes) <= MAX_KNOWN_TYPES + 1
