@@ -1,4 +1,4 @@
-"""The demo: a private web page through client, relay and gateway, in network namespaces.
+"""The demo: a private web page, by its name, through client, relay and gateway, in network namespaces.
 
 python -m fz_core.lab.demo [--megabytes 100]
 """
@@ -11,10 +11,13 @@ import sys
 import time
 from types import FrameType
 
+from fz_core.lab.names import dig
+from fz_core.lab.policy import dns
 from fz_core.lab.processes import LabError
 from fz_core.lab.system import Fetch, System
 from fz_core.lab.topology import Lab
 
+NAME = "wiki.corp.example"
 MAP = """
   portal 203.0.113.10        relay 203.0.113.101
         \\                        /
@@ -24,7 +27,7 @@ MAP = """
         |                        |
   client 172.30.0.100        gateway 172.31.0.100
                                  |
-                             web server 10.20.0.80      (only the gateway can reach it)
+                             wiki.corp.example 10.20.0.80    (only the gateway knows and reaches it)
 """
 
 
@@ -56,7 +59,11 @@ def run(megabytes: float) -> None:
         system = System(lab)
         say("Starting a portal, a relay, a gateway and a client, each in a network namespace of its own:")
         say(MAP)
-        system.start()
+        system.resources, system.allowed = {"wiki": dns("*.corp.example")}, {"wiki"}
+        system.start_portal()
+        system.start_relay(0)
+        system.add_gateway("gateway", 31, zones={"corp.example": ["wiki 60 A 10.20.0.80", "wiki 60 AAAA fd20::80"]})
+        system.add_client("client", 30, dns_control="etc-resolv-conf")
         for name, process in (
             ("portal", system.portal),
             ("relay", system.relays[0]),
@@ -65,7 +72,9 @@ def run(megabytes: float) -> None:
         ):
             say(f"  {name:<8} process {process.pid}")
         say(f"  ready after {time.monotonic() - started_at:.1f} s\n")
-        say(f"curl on the client fetches {megabytes:g} MB from http://10.20.0.80/ ...")
+        proxies = dig(system.clients[0].host, NAME).records
+        say(f"On the client {NAME} resolves to {proxies[0]}, an address that only the tunnel understands.")
+        say(f"curl on the client fetches {megabytes:g} MB from http://{NAME}/ ...")
         direct = fetch(system, "direct", megabytes)
         say("Blocking UDP between the two routers, except to the relay, and restarting the client ...")
         system.block_direct()
@@ -82,7 +91,7 @@ def run(megabytes: float) -> None:
 
 def fetch(system: System, expected_path: str, megabytes: float) -> Fetch:
     """One download, which must have taken the expected path."""
-    result = system.fetch(megabytes)
+    result = system.fetch(megabytes, name=NAME)
     path = system.path_of()
     if path != expected_path:
         raise LabError(f"the data took the path {path!r} instead of {expected_path!r}")

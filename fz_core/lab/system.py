@@ -35,6 +35,7 @@ ROUTE_TABLE = str(0x2021FD00)
 NOBODY = "127.0.0.53"  # a name server that is not there, unless the machine runs one
 ACCOUNT = "tester"
 CLIENT = "client of "
+SENTINELS = "nameserver 100.100.111."
 RESOURCE_NET, RESOURCE_NET6 = "10.20.0.0/24", "fd20::/64"
 QUIET = {"FIREZONE_NO_TELEMETRY": "true", "RUST_LOG": "info", "PYTHONUNBUFFERED": "1"}
 
@@ -301,7 +302,7 @@ class System:
         return f"ws://{self.portal_host.ipv4 if 4 in families else 'portal'}:{PORTAL_PORT}"
 
     def wait_until_up(self, member: Member) -> None:
-        """Until its device has addresses and routes."""
+        """Until its device has addresses and routes, and its host asks our servers if that was wanted."""
 
         def shows(*what: str) -> bool:
             shown = member.host.run("ip", "-j", *what, check=False)
@@ -309,7 +310,10 @@ class System:
 
         def is_up() -> bool:
             has_address = shows("addr", "show", "dev", "tun-firezone", "scope", "global")
-            return has_address and shows("route", "show", "table", ROUTE_TABLE, "dev", "tun-firezone")
+            has_routes = has_address and shows("route", "show", "table", ROUTE_TABLE, "dev", "tun-firezone")
+            return has_routes and (not takes_dns or SENTINELS in member.host.read_etc("resolv.conf"))
+
+        takes_dns = "etc-resolv-conf" in member.command
 
         self._until(is_up, f"the tunnel device of {member.name}", member.process)
 

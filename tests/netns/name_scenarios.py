@@ -52,18 +52,7 @@ def named_system(
         system.add_gateway("gateway", 31, zones={CORP: ZONE, **PROBED})
         if clients:
             system.add_client("client", 30, dns_control="etc-resolv-conf", **client)  # type: ignore[arg-type]
-            awaits_sentinels(system, 0)
         yield system
-
-
-def awaits_sentinels(system: System, client: int) -> None:
-    """Until the host of a client asks our servers."""
-    host = system.clients[client].host
-    deadline = time.monotonic() + 10
-    while "100.100.111." not in host.read_etc("resolv.conf"):
-        if time.monotonic() > deadline:
-            raise LabError(f"resolv.conf was not taken over:\n{host.read_etc('resolv.conf')}")
-        time.sleep(0.05)
 
 
 def eventually(what: str, attempt: Callable[[], object], seconds: float = 20.0) -> float:
@@ -280,7 +269,6 @@ def local_upstream(programs: Programs) -> str:
         start_names(public, {"public.example": ["www 60 A 192.0.2.80", "big 60 TXT " + " ".join(["x" * 250] * 8)]})
         assert public.ipv4 is not None
         system.add_client("client", 30, dns_control="etc-resolv-conf", nameservers=[public.ipv4])
-        awaits_sentinels(system, 0)
         host = system.clients[0].host
         for tcp in (False, True):
             expect(host, "www.public.example", "A", "192.0.2.80", tcp)
@@ -304,7 +292,6 @@ def internet(programs: Programs) -> str:
             )
         system.add_client("client", 30, dns_control="etc-resolv-conf", internet=True)
         system.add_client("other", 32)
-        awaits_sentinels(system, 0)
         eventually("a public page", lambda: curl(system, f"http://{public.ipv4}/bytes?num=1"))
         eventually("a public page over IPv6", lambda: curl(system, f"http://[{public.ipv6}]/bytes?num=1"))
         eventually("ping", lambda: ping(system, str(public.ipv4)))
@@ -410,10 +397,8 @@ def names_and_restarts(programs: Programs) -> str:
         if client.host.read_etc("resolv.conf") != before:
             raise LabError(f"resolv.conf was left as:\n{client.host.read_etc('resolv.conf')}")
         system.restart(client)
-        awaits_sentinels(system, 0)
         eventually("after the client's restart", lambda: load(system, "other"))
         system.restart(client, kill=True)
-        awaits_sentinels(system, 0)
         eventually("after the client was killed", lambda: load(system, "wiki"))
         client.process.stop()
         if client.host.read_etc("resolv.conf") != before:

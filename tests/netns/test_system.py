@@ -16,7 +16,7 @@ from fz_core.lab.certificates import Authority
 from fz_core.lab.names import dig, start_names
 from fz_core.lab.servers import start_doh
 from fz_core.lab.system import Programs, System
-from tests.netns.name_scenarios import NAME_SCENARIOS, awaits_sentinels, expect, load, must_fail, named_system, ping
+from tests.netns.name_scenarios import NAME_SCENARIOS, expect, load, must_fail, named_system, ping
 from tests.netns.name_scenarios import eventually as eventually_that
 from tests.netns.scenarios import SCENARIOS, eventually
 
@@ -46,7 +46,6 @@ def test_other_names_are_asked_over_https_when_the_portal_says_so() -> None:
         system.start_portal()
         system.start_relay(0)
         client = system.add_client("client", 30, dns_control="etc-resolv-conf", env=authority.trust)
-        awaits_sentinels(system, 0)
         for tcp in (False, True):
             eventually_that(
                 "an answer over HTTPS", partial(expect, client.host, "www.public.example", "A", "192.0.2.80", tcp)
