@@ -40,6 +40,7 @@ from fz_core.linux import (
     os_version,
     read_smbios,
 )
+from fz_core.packet import DropReason
 from fz_core.portal import (
     BadUrl,
     Connected,
@@ -200,7 +201,9 @@ class Tunnel:
                 case MessageReceived(message):
                     loop.submit(partial(state.handle_portal_message, message))
                 case MessageDropped(name, reason):
-                    log.warning("Portal message dropped", event_name=name, reason=reason)
+                    state.drops.add(DropReason.PORTAL_MESSAGE)
+                    if self._is_worth_a_line("portal message"):
+                        log.warning("Portal message dropped", event_name=name, reason=reason)
                 case Hiccup(delay, budget, error):
                     log.info("Portal connection hiccup", error=error, backoff=f"{delay:.1f}s", max_elapsed_time=budget)
                     self.is_joined = False
@@ -268,14 +271,20 @@ class Tunnel:
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             self.missed_events += 1
 
+    def _is_worth_a_line(self, kind: str) -> bool:
+        """Whether a minute has passed since the last line of this kind."""
+        if clock.now() - self._logged_at.get(kind, -RATE_LIMIT) < RATE_LIMIT:
+            return False
+        self._logged_at[kind] = clock.now()
+        return True
+
     def _report(self, errors: TunnelErrors) -> None:
         """Drops are counted by the state; a line per kind and minute is enough for people."""
         for error in errors.exceptions:
             kind = str(getattr(error, "reason", None) or getattr(error, "errno", None) or type(error).__name__)
             if isinstance(error, PermissionError) and kind not in self._logged_at:
                 log.info("The host's firewall refuses our datagrams; tunnels may not work", error=str(error))
-            if clock.now() - self._logged_at.get(kind, -RATE_LIMIT) >= RATE_LIMIT:
-                self._logged_at[kind] = clock.now()
+            if self._is_worth_a_line(kind):
                 if isinstance(error, (PacketError, OSError)):
                     log.debug(str(error))
                 else:

@@ -52,6 +52,7 @@ class DropReason(StrEnum):
     UNMAPPED_SENTINEL = "unmapped_sentinel"
     BAD_CONTROL = "bad_control"
     MALFORMED_DNS = "malformed_dns"
+    PORTAL_MESSAGE = "portal_message"
     DNS_BUSY = "dns_busy"
     NAT_EXHAUSTED = "nat_exhausted"
     # sending

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -38,6 +38,7 @@ def named_system(
     shape: Shape | None = None,
     clients: bool = True,
     prepare: Callable[[System], None] = lambda system: None,
+    gateway_env: Mapping[str, str] | None = None,
     **client: object,
 ) -> Iterator[System]:
     """A started system whose resources are names, and a client whose host asks the tunnel."""
@@ -49,7 +50,7 @@ def named_system(
         system.start_portal()
         for number in range(system.shape.relays):
             system.start_relay(number)
-        system.add_gateway("gateway", 31, zones={CORP: ZONE, **PROBED})
+        system.add_gateway("gateway", 31, zones={CORP: ZONE, **PROBED}, env=gateway_env)
         if clients:
             system.add_client("client", 30, dns_control="etc-resolv-conf", **client)  # type: ignore[arg-type]
         yield system

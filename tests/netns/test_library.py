@@ -23,6 +23,14 @@ async def main():
         nursery.start_soon(tunnel.run)
         async for event in tunnel.events:
             print(type(event).__name__, flush=True)
+            if type(event).__name__ == "ResourcesChanged":
+                print("statuses", *(f"{view.name}={view.status}" for view in event.resources), flush=True)
+            try:
+                event.changed = True
+            except Exception as error:
+                assert "frozen" in type(error).__name__.lower() or isinstance(error, (AttributeError, TypeError)), error
+            else:
+                raise AssertionError(f"{event} can be changed")
             if type(event).__name__ == "ConnectionDown":
                 print("drops", sorted(tunnel.drops), tunnel.is_ready, flush=True)
                 tunnel.stop()
@@ -41,10 +49,13 @@ def test_a_python_program_is_a_client() -> None:
         system.programs = type(system.programs)(client=(sys.executable, "-c", PROGRAM))
         client = system.add_client("client", 30)
         eventually(system, 20.0)
+        client.host.run("ping", "-c", "1", "-W", "1", "100.64.0.77", check=False)  # nobody there: dropped
         assert gateway.process.stop() == 0
         client.process.wait_for_line("^ended", 10.0)
         assert client.process.wait(5) == 0
         seen = client.process.output.split()
+        assert "net=Online" in seen
+        assert "PacketsDropped" in seen
         assert seen.index("TunConfigChanged") < seen.index("ConnectionUp") < seen.index("ConnectionDown")
         assert system.clients[0].host.run("ip", "link", "show", "tun-firezone", check=False).returncode != 0
 

@@ -35,6 +35,38 @@ def test_name_scenario(name: str) -> None:
     NAME_SCENARIOS[name](Programs())
 
 
+@pytest.mark.shows(90)
+@pytest.mark.peer("unbound", "dig")
+def test_one_download_is_one_flow_at_both_ends() -> None:
+    """docs/flow-logs.md: the client names the proxy address, the gateway the real one."""
+
+    def completed(output: str) -> list[str]:
+        return [line for line in output.splitlines() if "TCP flow completed" in line and "rx_bytes=0" not in line]
+
+    flows = {"FIREZONE_FLOW_LOGS": "true"}
+    with named_system(Programs(), env=flows, gateway_env=flows) as system:
+        load(system, "wiki", megabytes=1.0, timeout=20.0)
+        client, gateway = system.clients[0].process, system.gateways[0].process
+        for process in (client, gateway):
+            process.wait_for_line("TCP flow completed", 10.0)
+        for process, address in ((client, "100.96.0."), (gateway, "10.20.0.80")):
+            found = completed(process.output)
+            assert len(found) == 1, found
+            assert f" inner_dst_ip={address}" in found[0]
+            assert " domain=wiki.corp.example " in found[0]
+            assert int(re.search(r" rx_bytes=(\d+)", found[0])[1]) >= 1_000_000  # type: ignore[index]
+
+
+@pytest.mark.peer("unbound", "dig")
+def test_short_names_are_found_in_the_search_domain() -> None:
+    def prepare(system: System) -> None:
+        system.search_domain = "corp.example"
+
+    with named_system(Programs(), prepare=prepare) as system:
+        assert "search corp.example\n" in system.clients[0].host.read_etc("resolv.conf")
+        eventually_that("a page by its short name", lambda: system.fetch(0.01, name="wiki", timeout=5.0))
+
+
 @pytest.mark.peer("unbound", "dig", "openssl")
 def test_other_names_are_asked_over_https_when_the_portal_says_so() -> None:
     with Lab() as lab:
