@@ -47,12 +47,16 @@ def ours(module: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """Which programs play which part. The official ones take the same arguments and variables."""
+    """Which programs play which part. The official ones take the same arguments and variables.
+
+    `peer` is the client on whose device another client calls; without it that is `client` too.
+    """
 
     gateway: tuple[str, ...] = ours("fz_gateway")
     client: tuple[str, ...] = ours("fz_headless")
     relay: tuple[str, ...] = ours("fz_core.commands.relay")
     portal: tuple[str, ...] = ours("fz_core.commands.portal")
+    peer: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +246,7 @@ class System:
         nameservers: Sequence[str] = (),
         account: str = ACCOUNT,
         env: Mapping[str, str] | None = None,
+        program: tuple[str, ...] | None = None,
     ) -> Member:
         """A client behind a router of its own; `nameservers` are what its machine asks without us."""
         shape = self.shape
@@ -251,7 +256,7 @@ class System:
         if CLIENT + account not in self._tokens:
             self.add_account(account)
             self.reload_policy()
-        command = (*self.programs.client, *options, "standalone")
+        command = (*(program or self.programs.client), *options, "standalone")
         variables = self._environment(name, CLIENT + account, shape.client_families) | dict(env or {})
         member = self._member(name, host, router, command, shape.client_families, nameservers, variables)
         self.clients.append(member)

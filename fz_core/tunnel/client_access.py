@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import lru_cache
@@ -156,9 +156,9 @@ class ClientAccess:
             self._nat = NatTable(self.client_ips)
 
     @property
-    def translations(self) -> Mapping[str, int]:
-        """Sizes, for metrics: `proxies` and `sessions`."""
-        return {"proxies": len(self._proxies), "sessions": 0 if self._nat is None else len(self._nat)}
+    def opened_sessions(self) -> int:
+        """How many translated flows there ever were."""
+        return 0 if self._nat is None else self._nat.opened
 
     # packets
 

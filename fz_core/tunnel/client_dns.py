@@ -126,11 +126,6 @@ class ClientDns:
         """Sentinels with the server behind each, in the order of the servers."""
         return self._sentinels.mapping
 
-    @property
-    def doh_urls(self) -> tuple[str, ...]:
-        """DoH servers in effect."""
-        return tuple(upstream.url for _, upstream in self.mapping if upstream.url is not None)
-
     def handle_resources_changed(self) -> None:
         """Answers of before may be wrong now."""
         self._cache.flush()

@@ -181,12 +181,13 @@ class GatewayTunnel(TunnelRole):
         self, client_id: str, access: ClientAccess, packet: Packet, ecn: int, now: float
     ) -> DropReason | None:
         attribution = None if self.flows.tracker is None else access.attribute(packet)
+        opened, is_end = access.opened_sessions, packet.tcp_flags & (FIN | RST)
         translated = access.translate(packet, now)
         if isinstance(translated, DropReason):
             return translated
         if isinstance(translated, TooBig):
             return self._transmit(client_id, build_icmp_too_big(packet, translated.mtu), now) or DropReason.TOO_BIG
-        if self._tick_at is None or self._tick_at > now + TICK:
+        if is_end or access.opened_sessions != opened:  # packets of known flows only move deadlines away
             self._look_by(access.next_expiry(), now)
         if attribution is not None:
             self._note_flow(client_id, attribution, translated, now)

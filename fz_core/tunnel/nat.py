@@ -20,7 +20,7 @@ class NatTable:
     """Sessions of one client.
 
     Packets are rewritten in place, except where the family changes. Sessions lapse only in `handle_timeout`.
-    `evictions` counts sessions that ended early because there were too many.
+    `opened` counts all sessions there ever were, `evictions` those that ended early because there were too many.
     """
 
     def __init__(self, client_ips: tuple[bytes, bytes], max_sessions: int = 16384) -> None:
@@ -38,7 +38,7 @@ class NatTable:
         self._reset: Aging[Session] = Aging(0.0)
         self._queues = (self._reset, self._unconfirmed, self._closing, self._other, self._tcp)
         self._identification = 0
-        self.evictions = 0
+        self.opened = self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -154,6 +154,7 @@ class NatTable:
         self._inside[session.inside] = self._outside[session.outside] = session
         self._lapsed.pop(session.outside, None)
         self._unconfirmed.touch(session, now)
+        self.opened += 1
         return session
 
     def _take_port(self, protocol: int, real: bytes, wanted: int) -> int | None:

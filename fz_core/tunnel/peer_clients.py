@@ -74,6 +74,7 @@ class PeerClients:
         """End grants and flows whose time has come; the grants as (client, resource)."""
         ended = []
         for peer in self._by_id.values():
+            peer.flows.handle_timeout(now)
             ended += [(peer.id, resource_id) for resource_id in peer.access.expire(now)]
         return ended
 

@@ -63,6 +63,8 @@ def mixes(release: Release) -> dict[str, Programs]:
         "our client, their gateway": Programs(gateway=gateway),
         "their client, our gateway": Programs(client=client),
         "their client and gateway": Programs(gateway=gateway, client=client),
+        "our client, their peer": Programs(peer=client),
+        "their client, our peer": Programs(client=client, peer=Programs().client),
         "their relay": Programs(relay=relay),
         "our client, their gateway and relay": Programs(gateway=gateway, relay=relay),
         "their client and relay, our gateway": Programs(client=client, relay=relay),
@@ -88,7 +90,12 @@ def attempt(name: str, programs: Programs) -> tuple[bool, str]:
 
 
 def applies(mix: str, name: str, release: Release | None) -> bool:
-    """Whose relay carries a name makes no difference beyond one scenario, and old clients know no device pools."""
+    """Some mixes have a point in some scenarios only, and old clients know no device pools.
+
+    A peer is the other end of a device pool, and whose relay carries a name makes no difference beyond one scenario.
+    """
+    if "peer" in mix and name != "device pools":
+        return False
     if ("relay" in mix or mix.startswith("all")) and name in NAME_SCENARIOS and name != "names, relayed":
         return False
     is_old = release is not None and tuple(map(int, release.client.split("."))) < POOL_CLIENT

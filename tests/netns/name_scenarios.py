@@ -317,7 +317,7 @@ def device_pools(programs: Programs) -> str:
         system.allowed_to = {"tester": {"devices", "names"}}
 
     with named_system(programs, resources, prepare=prepare) as system:
-        system.add_client("server", 34, account="server")
+        system.add_client("server", 34, account="server", program=programs.peer)
         start_web(system.clients[1].host)
         start_echo(system.clients[1].host)
         ips = [address_of(system, 1, family) for family in (4, 6)]
