@@ -197,6 +197,9 @@ class ClientTunnel(PeerTunnel):
 
     def _route(self, packet: Packet, now: float) -> DropReason | None:
         dst = packet.dst
+        settled = self.resources.settled(dst, packet.protocol, packet.dst_port)
+        if settled is not None and packet.src in self._own_ips:
+            return self._route_to_gateway(settled, packet, now)
         if is_multicast(dst):
             return DropReason.MULTICAST
         if self._interface is None:
@@ -264,6 +267,10 @@ class ClientTunnel(PeerTunnel):
         if self._names.take_changed():
             record = DnsRecord(entry.name, entry.recorded, (*entry.v4, *entry.v6))
             self._events.append(DnsRecordsChanged((record,)))
+        self._renew_name(entry, now)
+
+    def _renew_name(self, entry: NameEntry, now: float) -> None:
+        """Tell the gateways of a name its proxy addresses again: it may have moved, or they may have lost them."""
         self._setups.handle_queried(entry.name, now)
         for match in entry.matches:
             gateway_id = self._gateways.serving(match.resource_id)

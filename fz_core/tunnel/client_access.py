@@ -19,6 +19,7 @@ from fz_core.tunnel.routing import Route, RoutingTable
 from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
 
 SHARED_TERMS = 8192
+MAX_SETTLED = 1024
 
 Attribution = tuple[str, str | None]
 
@@ -73,6 +74,7 @@ class ClientAccess:
         self._nat: NatTable | None = None
         self._has_internet = False
         self._first_expiry: float | None = None
+        self._settled: set[tuple[bytes, int, int]] = set()  # traffic by network that passes; for packet rates
 
     @property
     def is_empty(self) -> bool:
@@ -115,6 +117,7 @@ class ClientAccess:
         if self._grants.pop(resource_id, None) is None:
             return False
         self._routes.remove_resource(resource_id)
+        self._settled.clear()
         self._has_internet = any(isinstance(g.terms.resource, InternetResource) for g in self._grants.values())
         self._note_expiries()
         return True
@@ -165,6 +168,8 @@ class ClientAccess:
     def decide(self, packet: Packet) -> Decision | DropReason:
         """A packet from the client, in the order of §14."""
         dst = packet.dst
+        if (dst, packet.protocol, packet.dst_port) in self._settled and packet.src in self.client_ips:
+            return Decision.PASS
         if is_multicast(dst):
             return Decision.IGNORE
         if packet.is_fz_control:
@@ -182,7 +187,16 @@ class ClientAccess:
         if self._has_internet:
             return Decision.UNREACHABLE if dst in INTERNET_REJECTED_RANGE else Decision.PASS
         verdict = self._routes.lookup(dst, *outbound(packet))
-        return Decision.PASS if verdict is not None and verdict.allowed else Decision.PROHIBITED
+        if verdict is None or not verdict.allowed:
+            return Decision.PROHIBITED
+        self._settle(dst, packet.protocol, packet.dst_port)
+        return Decision.PASS
+
+    def _settle(self, ip: bytes, protocol: int, port: int) -> None:
+        if port >= 0:
+            if len(self._settled) >= MAX_SETTLED:
+                self._settled.clear()
+            self._settled.add((ip, protocol, port))
 
     def _decide_name(self, ip: bytes, protocol: int, port: int) -> Decision:
         proxy = self._proxies.get(ip)
@@ -236,6 +250,8 @@ class ClientAccess:
 
     def _admits(self, packet: Packet) -> bool:
         src = packet.src
+        if (src, packet.protocol, packet.src_port) in self._settled and packet.dst in self.client_ips:
+            return True
         if packet.dst not in self.client_ips or src in PEER_RANGE:
             return False
         if packet.is_icmp_error:
@@ -261,6 +277,7 @@ class ClientAccess:
         return True
 
     def _install(self, grant: Grant) -> None:
+        self._settled.clear()
         if grant.terms.route is not None:
             self._routes.add(grant.terms.route)
         elif isinstance(grant.terms.resource, InternetResource):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Address, ip_address
 
 from fz_core.crypto import PrivateKey
-from fz_core.dns import ProxyNames
+from fz_core.dns import NameEntry, ProxyNames
 from fz_core.ice import Credentials
 from fz_core.node import PEER_CLIENT_PROFILES, NoRelays, Parameters
 from fz_core.packet import DropReason, IcmpErrorKind, Packet, build_icmp_prohibited
@@ -68,6 +68,9 @@ class PeerTunnel(TunnelRole):
 
     @abstractmethod
     def _forget_peer(self, peer_id: str, reason: str, now: float) -> None: ...
+
+    @abstractmethod
+    def _renew_name(self, entry: NameEntry, now: float) -> None: ...
 
     # any peer
 
@@ -138,6 +141,8 @@ class PeerTunnel(TunnelRole):
         if asked_at is None or now - asked_at >= RETRY_INTERVAL:
             self._refused_at[key] = now
             self._request(key, now)
+            if target.name is not None:
+                self._renew_name(target.name, now)
 
     def _candidate_messages(self, batch: CandidateBatch) -> Iterator[messages.Outbound]:
         is_client = self._peers.get(batch.peer_id) is not None

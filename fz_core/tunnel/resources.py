@@ -13,6 +13,7 @@ from fz_core.tunnel.filters import FilterSet
 from fz_core.tunnel.ranges import DEFAULT_ROUTES, PEER_RANGE, PEERS, PROXIES, PROXY_RANGE, SENTINELS, Network
 from fz_core.tunnel.routing import Route, RoutingTable
 
+MAX_SETTLED = 1024
 FIXED_ROUTES = (*PEERS, *PROXIES, *SENTINELS)
 
 
@@ -68,6 +69,7 @@ class Resources:
         self._devices = RoutingTable()
         self._internet_id: str | None = None
         self._internet_wanted = False
+        self._settled: dict[tuple[bytes, int, int], Target] = {}
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._by_id.values())
@@ -83,6 +85,7 @@ class Resources:
 
     def upsert(self, resource: Any) -> Change:
         """Add a resource. A change of more than its texts replaces it; of a static pool only what differs."""
+        self._settled.clear()
         old = self._by_id.get(resource.id)
         if isinstance(old, StaticDevicePool) and isinstance(resource, StaticDevicePool):
             return self._update_pool(old, resource)
@@ -106,6 +109,7 @@ class Resources:
 
     def remove(self, resource_id: str) -> Summary | None:
         """Forget a resource; what it was, or None if unknown."""
+        self._settled.clear()
         resource = self._by_id.pop(resource_id, None)
         if resource is None:
             return None
@@ -119,6 +123,7 @@ class Resources:
 
     def set_internet_active(self, active: bool) -> str | None:
         """Switch the internet resource, present or future; its id if this ended its use."""
+        self._settled.clear()
         was_active, self._internet_wanted = self._internet_wanted, active
         return self._internet_id if was_active and not active else None
 
@@ -127,8 +132,21 @@ class Resources:
         """Whether an internet resource is there and switched on."""
         return self._internet_id is not None and self._internet_wanted
 
+    def settled(self, dst: bytes, protocol: int, port: int) -> Target | None:
+        """A gateway's resource that `route` found and allowed before; None says nothing. For packet rates."""
+        return self._settled.get((dst, protocol, port))
+
     def route(self, dst: bytes, protocol: int, port: int) -> Target | None:
         """What this traffic is for. The first kind that covers the destination decides, even if it denies."""
+        target = self._route(dst, protocol, port)
+        is_plain = dst not in PEER_RANGE and dst not in PROXY_RANGE  # what these mean changes with peers and names
+        if is_plain and target is not None and target.allowed and target.via is Via.GATEWAY:
+            if len(self._settled) >= MAX_SETTLED:
+                self._settled.clear()
+            self._settled[dst, protocol, port] = target
+        return target
+
+    def _route(self, dst: bytes, protocol: int, port: int) -> Target | None:
         verdict = self._devices.lookup(dst, protocol, port)
         if verdict is not None:
             return Target(Via.DEVICE, verdict.route.resource_id, verdict.allowed)

@@ -25,6 +25,7 @@ from tests.netns.scenarios import SCENARIOS as PATH_SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = {**PATH_SCENARIOS, **NAME_SCENARIOS}
+STRICT_GATEWAY = (1, 6, 0)  # older ones let the internet resource into their own network
 POOL_CLIENT = (1, 5, 9)  # older clients are not told of device pools (spec/portal-protocol.md §8.9)
 NAMES = ("firezone-gateway", "firezone-headless-client", "firezone-relay")
 
@@ -98,8 +99,17 @@ def applies(mix: str, name: str, release: Release | None) -> bool:
         return False
     if ("relay" in mix or mix.startswith("all")) and name in NAME_SCENARIOS and name != "names, relayed":
         return False
-    is_old = release is not None and tuple(map(int, release.client.split("."))) < POOL_CLIENT
-    return not (name == "device pools" and is_old and "their client" in mix)
+    if release is None:
+        return True
+    if name == "device pools" and numbers(release.client) < POOL_CLIENT:
+        return "their client" not in mix
+    if name == "internet resource" and numbers(release.gateway) < STRICT_GATEWAY:
+        return "gateway" not in mix or "our gateway" in mix
+    return True
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def run(

@@ -393,3 +393,14 @@ def test_servers_of_the_portal_come_before_those_of_the_host() -> None:
     names.client.state.drops.clear()
     assert names.query("wiki.corp.example") is None
     assert names.client.state.drops[DropReason.UNMAPPED_SENTINEL] == 1
+
+
+def test_a_gateway_that_lost_a_name_is_told_again() -> None:
+    """It refuses packets to proxies it does not know; no query is needed to bring them back."""
+    names = Names(named(1, "*.corp.example"), zone=WIKI)
+    proxy = names.addresses("wiki.corp.example")[0]
+    assert kinds(names.talk(proxy)) == [UDP]
+    names.gateway.state._clients[names.client_id]._proxies.clear()
+    names.world.run_for(5.0)
+    assert kinds(names.talk(proxy)) == [IcmpErrorKind.PROHIBITED]
+    assert kinds(names.talk(proxy)) == [UDP]
