@@ -221,9 +221,13 @@ class ClientDns:
     def handle_result(self, token: int, reply: bytes | None, now: float, *, timed_out: bool = False) -> None:
         """The end of a `ForwardQuery`: the server's reply, or None. A local UDP time-out is passed over in silence."""
         entry = self._forwarded.pop(token, None)
-        if entry is None:
-            return
-        asker, query, via_tunnel = entry
+        if entry is not None:
+            self._finish(*entry, reply, now, timed_out)
+            self._serve_tcp(now)
+
+    def _finish(
+        self, asker: Asker, query: Query, via_tunnel: bool, reply: bytes | None, now: float, timed_out: bool
+    ) -> None:
         if reply is not None:
             reply = with_id(reply, query.id)
             if is_reply_to(query, reply):
@@ -263,6 +267,7 @@ class ClientDns:
             asker, reply = answered
             assert isinstance(asker, Asker)
             self._reply(asker, reply, now)
+        self._serve_tcp(now)
 
     def poll_timeout(self) -> float | None:
         """When `handle_timeout` is next due."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
 from functools import partial
 
+import dns.message as dns_message
 import pytest
 
-from fz_core.lab import Lab, LabError
+from fz_core.lab import Host, Lab, LabError
 from fz_core.lab.certificates import Authority
 from fz_core.lab.names import dig, start_names
 from fz_core.lab.servers import start_doh
@@ -55,6 +57,37 @@ def test_one_download_is_one_flow_at_both_ends() -> None:
             assert f" inner_dst_ip={address}" in found[0]
             assert " domain=wiki.corp.example " in found[0]
             assert int(re.search(r" rx_bytes=(\d+)", found[0])[1]) >= 1_000_000  # type: ignore[index]
+
+
+def five_over_one_connection(host: Host) -> None:
+    """Names of resources and others, all asked before the first answer; two with equal ids."""
+    server = re.search(r"nameserver (\S+)", host.read_etc("resolv.conf"))
+    assert server is not None
+    asked = [
+        "www.public.example",
+        "wiki.corp.example",
+        "absent.public.example",
+        "www.public.example",
+        "other.corp.example",
+    ]
+    queries = [dns_message.make_query(name, "A", id=1 + number // 2) for number, name in enumerate(asked)]
+    with host.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(8)
+        sock.connect((server[1], 53))
+        sock.sendall(b"".join(len(wire).to_bytes(2, "big") + wire for wire in (q.to_wire() for q in queries)))
+        replies = sock.makefile("rb")
+        received = [dns_message.from_wire(replies.read(int.from_bytes(replies.read(2), "big"))) for _ in queries]
+    if sorted(str((m.id, m.question)) for m in received) != sorted(str((m.id, m.question)) for m in queries):
+        raise LabError(f"asked {queries}, was answered {received}")
+
+
+@pytest.mark.shows(51)
+@pytest.mark.peer("unbound", "dig")
+def test_five_queries_on_one_connection_all_complete() -> None:
+    with named_system(Programs(), clients=False) as system:
+        upstream = start_names(system.lab.public_host("names", 53), {"public.example": ["www 60 A 192.0.2.80"]})
+        system.add_client("client", 30, dns_control="etc-resolv-conf", nameservers=upstream.addresses[:1])
+        five_over_one_connection(system.clients[0].host)
 
 
 @pytest.mark.peer("unbound", "dig")
