@@ -49,7 +49,8 @@ def ours(module: str) -> tuple[str, ...]:
 class Programs:
     """Which programs play which part. The official ones take the same arguments and variables.
 
-    `peer` is the client on whose device another client calls; without it that is `client` too.
+    `peer` is the client on whose device another client calls; without it that is `client` too. With `old_clients` the
+    portal lets clients before 1.4 use any gateway.
     """
 
     gateway: tuple[str, ...] = ours("fz_gateway")
@@ -57,6 +58,7 @@ class Programs:
     relay: tuple[str, ...] = ours("fz_core.commands.relay")
     portal: tuple[str, ...] = ours("fz_core.commands.portal")
     peer: tuple[str, ...] | None = None
+    old_clients: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class System:
         self.dns_servers: list[str] = []
         self.doh_servers: list[str] = []
         self.search_domain: str | None = None
-        self.old_clients = False
+        self.old_clients = self.programs.old_clients
 
     def start(self) -> None:
         """One gateway and one client, ready to talk."""

@@ -90,6 +90,7 @@ def write_reply(reply: Reply) -> dict[str, Any]:
         return {
             "resource_id": reply.resource_id,
             "site_id": reply.site_id,
+            "gateway_group_id": reply.site_id,  # the only name that clients before 1.4 know; those after never ask
             "gateway_id": reply.gateway_id,
             "gateway_remote_ip": reply.gateway_remote_ip,
         }

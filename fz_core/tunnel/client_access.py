@@ -13,7 +13,7 @@ from fz_core.packet import DropReason, Packet, TooBig
 from fz_core.portal.types import CidrResource, DnsResource, InternetResource
 from fz_core.tunnel.filters import FilterSet
 from fz_core.tunnel.nat import NatTable
-from fz_core.tunnel.proxies import Proxies
+from fz_core.tunnel.proxies import ProxiedName, Proxies
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
 from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
@@ -150,13 +150,37 @@ class ClientAccess:
         return grant is not None and grant.terms.pattern is not None and grant.terms.pattern.matches(name)
 
     def set_up_name(
-        self, resource_id: str, name: str, proxy_ips: Sequence[bytes], real: Iterable[bytes], *, mix: bool
+        self,
+        resource_id: str,
+        name: str,
+        proxy_ips: Sequence[bytes],
+        real: Iterable[bytes],
+        *,
+        mix: bool,
+        renew_at: float | None = None,
     ) -> None:
-        """From now on, new flows to these proxy addresses go to the name's real ones; see `Proxies.assign`."""
+        """From now on, new flows to these proxy addresses go to the name's real ones; see `Proxies.assign`.
+
+        With `renew_at` the gateway looks the name up again by itself, when a flow begins after that time.
+        """
         if self._proxies.assign(resource_id, name, proxy_ips, real, mix=mix) and self._nat is not None:
             self._nat.clear()
         if self._nat is None:
             self._nat = NatTable(self.client_ips)
+        if renew_at is not None and proxy_ips and (proxy := self._proxies.get(proxy_ips[0])) is not None:
+            proxy.renew_at = renew_at
+
+    def is_announced(self, ip: bytes) -> bool:
+        """Whether this proxy address stands for a name."""
+        return self._proxies.get(ip) is not None
+
+    def take_due_name(self, ip: bytes, now: float, interval: float) -> ProxiedName | None:
+        """The name behind a proxy address if it is time to look it up again; it is due next after `interval`."""
+        proxy = self._proxies.get(ip)
+        if proxy is None or proxy.renew_at is None or now < proxy.renew_at:
+            return None
+        proxy.renew_at = now + interval
+        return proxy
 
     @property
     def opened_sessions(self) -> int:

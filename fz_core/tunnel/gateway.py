@@ -36,11 +36,12 @@ from fz_core.tunnel.events import (
 from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.ranges import PEER_RANGE, PEERS, PROXY_RANGE, SENTINEL_RANGE
-from fz_core.tunnel.resolutions import Resolution, Resolutions
+from fz_core.tunnel.resolutions import RENEWAL, Resolution, Resolutions
 from fz_core.tunnel.role import TunnelRole
 
 TICK = 1.0
 MAX_PROXIES_PER_NAME = 16
+LEGACY_RENEWAL = 5.0
 FIN, RST = 1, 4
 
 
@@ -165,10 +166,13 @@ class GatewayTunnel(TunnelRole):
                 return self._translate(client_id, access, packet, ecn, now)
             case Decision.CONTROL:
                 return self._handle_control(client_id, packet, now)
+            case Decision.PROHIBITED if client_id in self._legacy and self._is_early(access, packet):
+                return DropReason.NOT_ALLOWED
             case Decision.PROHIBITED:
                 self.drops.add(DropReason.FILTERED)
                 return self._transmit(client_id, build_icmp_prohibited(packet), now)
             case Decision.UNREACHABLE:
+                self._renew_legacy_name(client_id, access, packet.dst, now)
                 self.drops.add(DropReason.FILTERED)
                 return self._transmit(client_id, build_icmp_unreachable(packet), now)
             case Decision.IGNORE:
@@ -181,7 +185,7 @@ class GatewayTunnel(TunnelRole):
         self, client_id: str, access: ClientAccess, packet: Packet, ecn: int, now: float
     ) -> DropReason | None:
         attribution = None if self.flows.tracker is None else access.attribute(packet)
-        opened, is_end = access.opened_sessions, packet.tcp_flags & (FIN | RST)
+        opened, is_end, proxy_ip = access.opened_sessions, packet.tcp_flags & (FIN | RST), packet.dst
         translated = access.translate(packet, now)
         if isinstance(translated, DropReason):
             return translated
@@ -189,6 +193,7 @@ class GatewayTunnel(TunnelRole):
             return self._transmit(client_id, build_icmp_too_big(packet, translated.mtu), now) or DropReason.TOO_BIG
         if is_end or access.opened_sessions != opened:  # packets of known flows only move deadlines away
             self._look_by(access.next_expiry(), now)
+            self._renew_legacy_name(client_id, access, proxy_ip, now)
         if attribution is not None:
             self._note_flow(client_id, attribution, translated, now)
         self._deliver(translated, ecn)
@@ -233,8 +238,10 @@ class GatewayTunnel(TunnelRole):
         if resolution is None:
             return
         known = None if addresses is None else tuple(addresses)
-        if resolution.legacy is not None:
-            self._finish_legacy(resolution.legacy, known, now)
+        if resolution.legacy is RENEWAL:
+            self._set_up_name(resolution, known or None)
+        elif resolution.legacy is not None:
+            self._finish_legacy(resolution.legacy, known or (), now)
         else:
             is_active = self._set_up_name(resolution, known)
             reason = self._tell_status(resolution.client_id, resolution.resource_id, resolution.domain, is_active, now)
@@ -242,11 +249,14 @@ class GatewayTunnel(TunnelRole):
                 self._drop(reason)
         self._collect(now)
 
-    def _set_up_name(self, resolution: Resolution, addresses: tuple[bytes, ...] | None) -> bool:
+    def _set_up_name(
+        self, resolution: Resolution, addresses: tuple[bytes, ...] | None, renew_at: float | None = None
+    ) -> bool:
         access, name = self._clients.get(resolution.client_id), resolution.domain.lower()
         if addresses is None or access is None or not access.may_resolve(resolution.resource_id, name):
             return False
-        access.set_up_name(resolution.resource_id, name, resolution.proxy_ips, addresses, mix=self._mix_families)
+        proxy_ips, mix = resolution.proxy_ips, self._mix_families
+        access.set_up_name(resolution.resource_id, name, proxy_ips, addresses, mix=mix, renew_at=renew_at)
         return True
 
     def _tell_status(
@@ -373,28 +383,43 @@ class GatewayTunnel(TunnelRole):
     def _finish_legacy(
         self,
         message: messages.RequestConnection | messages.AllowAccess,
-        addresses: Sequence[bytes] | None,
+        addresses: Sequence[bytes],
         now: float,
     ) -> None:
-        """Connect if that was asked for, grant, translate, answer; without an answer the client asks again."""
+        """Connect if that was asked for, grant, translate, answer.
+
+        A name without addresses is no reason for silence: such a client holds everything else until it is answered.
+        """
         if isinstance(message, messages.AllowAccess):
             client_id, ips = message.client_id, (message.client_ipv4.packed, message.client_ipv6.packed)
         else:
             client_id, ips = message.client.id, (message.client.ipv4.packed, message.client.ipv6.packed)
             parameters = self._legacy_parameters(message)
-            if addresses is None or not self._connect(client_id, parameters, now):
+            if not self._connect(client_id, parameters, now):
                 return
             self._legacy[client_id] = parameters
         self._grant(client_id, ips, message.resource, message.expires_at, now)
-        if message.domain is not None and addresses is not None:
+        if message.domain is not None:
             proxy_ips = tuple(ip.packed for ip in message.domain.proxy_ips)
-            self._set_up_name(
-                Resolution(client_id, message.resource.id, message.domain.name, proxy_ips), tuple(addresses)
-            )
+            resolution = Resolution(client_id, message.resource.id, message.domain.name, proxy_ips)
+            self._set_up_name(resolution, tuple(addresses), now + LEGACY_RENEWAL)
         if isinstance(message, messages.RequestConnection):
             local = self._legacy[client_id].local
             answer = messages.ConnectionReady(message.ref, IceCredentials(local.ufrag, local.password))
             self._events.append(SendToPortal(answer))
+
+    def _renew_legacy_name(self, client_id: str, access: ClientAccess, proxy_ip: bytes, now: float) -> None:
+        """Clients before 1.4 announce a name once per connection; look it up again for new flows."""
+        due = access.take_due_name(proxy_ip, now, LEGACY_RENEWAL) if client_id in self._legacy else None
+        if due is not None and due.resource_ids:
+            resolution = Resolution(client_id, due.resource_ids[0], due.name, due.ips, RENEWAL)
+            token = self._resolutions.begin(resolution)
+            if token:
+                self._events.append(ResolveName(token, due.name))
+
+    def _is_early(self, access: ClientAccess, packet: Packet) -> bool:
+        """Whether a name's packet came before its announcement, which takes the slower way through the portal."""
+        return packet.dst in PROXY_RANGE and not access.is_announced(packet.dst)
 
     def _legacy_parameters(self, message: messages.RequestConnection) -> Parameters:
         """The same request again means the same connection, so our credentials must be the same too."""

@@ -8,13 +8,17 @@ MAX_NAMES = 16_384
 
 
 class ProxiedName:
-    """A name with its proxy addresses and, for each, the real one of today; and the resources that lead to it."""
+    """A name with its proxy addresses and, for each, the real one of today; and the resources that lead to it.
 
-    __slots__ = ("_ips", "_real", "name", "resource_ids")
+    `renew_at` is set for names of clients that never announce one twice: then it is to be looked up again.
+    """
+
+    __slots__ = ("_ips", "_real", "name", "renew_at", "resource_ids")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.resource_ids: tuple[str, ...] = ()
+        self.renew_at: float | None = None
         self._ips: tuple[bytes, ...] = ()
         self._real: tuple[bytes | None, ...] = ()
 

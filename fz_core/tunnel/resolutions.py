@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_PER_CLIENT = 256
+RENEWAL = "renewal"
 
 
 @dataclass(slots=True)
 class Resolution:
     """One look-up: who asked, for which resource and name, with which proxy addresses.
 
-    `legacy` is the portal message to finish afterwards; without one the client gets a domain status.
+    `legacy` is the portal message to finish afterwards, or `RENEWAL`; without one the client gets a domain status.
     """
 
     client_id: str

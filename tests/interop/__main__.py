@@ -3,7 +3,7 @@
     python -m tests.interop --peers FOLDER
 
 FOLDER holds `firezone-gateway`, `firezone-headless-client` and `firezone-relay`, or folders with those, one
-per version. Everything runs on our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
+per version. A folder with the client alone is tried with our gateway, as clients before 1.4 are. Everything runs on our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
 Exit status: 0 if every scenario passed or is a known limit, 1 otherwise, 2 usage error.
 """
 
@@ -26,28 +26,34 @@ from tests.netns.scenarios import SCENARIOS as PATH_SCENARIOS
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = {**PATH_SCENARIOS, **NAME_SCENARIOS}
 STRICT_GATEWAY = (1, 6, 0)  # older ones let the internet resource into their own network
+BEYOND_OLD_CLIENTS = {
+    # they know one resource per name, ask the portal for every name, resolve SRV themselves, have no such option
+    "overlapping resources", "names without the portal", "one source port for three names",
+    "SRV, TXT, PTR, DNS over TCP", "internet resource", "device pools",
+}  # fmt: skip
 POOL_CLIENT = (1, 5, 9)  # older clients are not told of device pools (spec/portal-protocol.md §8.9)
 NAMES = ("firezone-gateway", "firezone-headless-client", "firezone-relay")
 
 
 @dataclass(frozen=True)
 class Release:
-    """One set of official programs."""
+    """One set of official programs; `gateway` is None where there is only a client."""
 
     folder: Path
-    gateway: str
+    gateway: str | None
     client: str
 
     @classmethod
     def of(cls, folder: Path) -> Release:
-        return cls(folder, version(folder / NAMES[0]), version(folder / NAMES[1]))
+        gateway = folder / NAMES[0]
+        return cls(folder, version(gateway) if gateway.exists() else None, version(folder / NAMES[1]))
 
     def program(self, name: str) -> tuple[str, ...]:
         return (str(self.folder / name),)
 
     @property
     def title(self) -> str:
-        return f"gateway {self.gateway}, client {self.client}"
+        return f"client {self.client}" if self.gateway is None else f"gateway {self.gateway}, client {self.client}"
 
 
 def version(program: Path) -> str:
@@ -60,6 +66,8 @@ def version(program: Path) -> str:
 
 def mixes(release: Release) -> dict[str, Programs]:
     gateway, client, relay = (release.program(name) for name in NAMES)
+    if release.gateway is None:
+        return {"their client, our gateway": Programs(client=client, old_clients=True)}
     return {
         "our client, their gateway": Programs(gateway=gateway),
         "their client, our gateway": Programs(client=client),
@@ -75,7 +83,9 @@ def mixes(release: Release) -> dict[str, Programs]:
 
 def releases(folder: Path) -> list[Release]:
     folders = [folder, *sorted((p for p in folder.iterdir() if p.is_dir()), reverse=True)]
-    return [Release.of(f) for f in folders if all(os.access(f / name, os.X_OK) for name in NAMES)]
+    found = [[name for name in NAMES if os.access(f / name, os.X_OK)] for f in folders]
+    whole = (list(NAMES), [NAMES[1]])
+    return [Release.of(f) for f, names in zip(folders, found, strict=True) if names in whole]
 
 
 def attempt(name: str, programs: Programs) -> tuple[bool, str]:
@@ -101,6 +111,8 @@ def applies(mix: str, name: str, release: Release | None) -> bool:
         return False
     if release is None:
         return True
+    if release.gateway is None:
+        return name not in BEYOND_OLD_CLIENTS
     if name == "device pools" and numbers(release.client) < POOL_CLIENT:
         return "their client" not in mix
     if name == "internet resource" and numbers(release.gateway) < STRICT_GATEWAY:

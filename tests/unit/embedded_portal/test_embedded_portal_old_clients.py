@@ -63,7 +63,7 @@ def test_a_gateway_is_named_with_its_site_and_address(world: World) -> None:
     site = world.state.policy.sites["office"]
     gateway = world.store.devices_of(site.id)[0]
     assert response == {
-        "resource_id": world.resource("net"), "site_id": site.id, "gateway_id": gateway.id,
+        "resource_id": world.resource("net"), "site_id": site.id, "gateway_group_id": site.id, "gateway_id": gateway.id,
         "gateway_remote_ip": "192.0.2.9",
     }  # fmt: skip
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway_access import PASSED, PROHIBITED, Access, cidr, packed, uuid
+from gateway_access import PASSED, PROHIBITED, UNREACHABLE, Access, cidr, packed, uuid
 
-from fz_core.packet import build_udp
+from fz_core.packet import DropReason, build_udp
 from fz_core.portal import client as c
 from fz_core.portal import gateway as g
 from fz_core.portal.types import DnsResource, IceCredentials, ProxiedName
@@ -117,13 +117,65 @@ def test_a_name_is_resolved_before_the_answer_without_holding_up_others() -> Non
     assert proxy.real(packed("100.96.0.1")) == packed("10.20.0.80")
 
 
-def test_a_name_that_takes_too_long_leaves_the_client_to_its_own_time_out() -> None:
+def test_a_name_that_takes_too_long_does_not_keep_the_client_waiting() -> None:
+    """Such a client holds everything else back until it is answered."""
     legacy = Legacy()
     legacy.system.gateway.zone["wiki.corp.example"] = None
-    legacy.request(NAMED, name())
+    legacy.request(NAMED, name(), ref="slow")
     legacy.world.run_for(1.0)
-    assert legacy.answers() == []
-    assert legacy.grants() == set()
+    assert [a.ref for a in legacy.answers()] == ["slow"]
+    assert legacy.grants() == {uuid(7)}
+
+
+def connected_legacy() -> Legacy:
+    """A client with a connection of the old kind and one name."""
+    legacy = Legacy(cidr(1, "10.0.0.0/24"))
+    legacy.system.gateway.zone["wiki.corp.example"] = ("10.20.0.80",)
+    legacy.state._legacy[legacy.client_id] = legacy.state.node._connections.by_peer[legacy.client_id].parameters
+    legacy.allow(NAMED, name())
+    legacy.world.run_for(0.1)
+    return legacy
+
+
+def reached(legacy: Legacy, port: int) -> list[bytes]:
+    """Where a packet to a proxy of the name comes out."""
+    before = len(legacy.system.gateway.packets)
+    legacy.system.client.send(build_udp(packed(legacy.own()), packed("100.96.0.2"), port, 80, b"x"))
+    legacy.world.run_for(0.1)
+    return [p.dst for p in legacy.system.gateway.packets[before:]]
+
+
+def test_names_are_looked_up_again_for_new_flows() -> None:
+    """A client before 1.4 announces a name once; what moves must be found all the same."""
+    legacy = connected_legacy()
+    assert reached(legacy, 1000) == [packed("10.20.0.80")]
+    legacy.system.gateway.zone["wiki.corp.example"] = ("10.20.0.99",)
+    assert reached(legacy, 1001) == [packed("10.20.0.80")]
+    legacy.world.run_for(6.0)
+    assert reached(legacy, 1002) == [packed("10.20.0.80")]  # this flow makes the gateway look
+    assert reached(legacy, 1003) == [packed("10.20.0.99")]
+    assert reached(legacy, 1000) == [packed("10.20.0.80")]  # and old flows stay
+    lookups = [e for e in legacy.system.gateway.events if isinstance(e, ResolveName)]
+    assert len(lookups) == 2
+
+
+def test_a_name_found_late_is_reached_late() -> None:
+    legacy = connected_legacy()
+    legacy.system.gateway.zone["wiki.corp.example"] = ()
+    legacy.allow(NAMED, name())
+    legacy.world.run_for(6.0)
+    assert legacy.udp("100.96.0.2") == UNREACHABLE
+    legacy.system.gateway.zone["wiki.corp.example"] = ("10.20.0.80",)
+    legacy.world.run_for(6.0)
+    assert legacy.udp("100.96.0.2") == UNREACHABLE
+    legacy.world.run_for(0.1)
+    assert reached(legacy, 1002) == [packed("10.20.0.80")]
+
+
+def test_a_packet_before_its_announcement_is_dropped_without_a_word() -> None:
+    legacy = connected_legacy()
+    assert legacy.udp("100.96.0.9") is DropReason.NOT_ALLOWED
+    assert legacy.udp("10.99.0.1") == PROHIBITED
 
 
 def test_access_to_a_name_is_granted_even_if_it_cannot_be_resolved() -> None:
@@ -132,7 +184,7 @@ def test_access_to_a_name_is_granted_even_if_it_cannot_be_resolved() -> None:
     legacy.allow(NAMED, name())
     legacy.world.run_for(1.0)
     assert legacy.grants() == {uuid(1), uuid(7)}
-    assert legacy.udp("100.96.0.1") == PROHIBITED
+    assert legacy.udp("100.96.0.1") == UNREACHABLE
 
 
 def test_the_name_of_allowed_access_is_translated() -> None:
