@@ -2,8 +2,9 @@
 
     python -m tests.interop --peers FOLDER
 
-FOLDER holds `firezone-gateway`, `firezone-headless-client` and `firezone-relay`, or folders with those, one
-per version. A folder with the client alone is tried with our gateway, as clients before 1.4 are. Everything runs on our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
+FOLDER holds `firezone-gateway`, `firezone-headless-client` and `firezone-relay`, or folders with those, one per
+version. A folder with the client alone is tried with our gateway, as clients before 1.4 are. Everything runs on
+our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
 Exit status: 0 if every scenario passed or is a known limit, 1 otherwise, 2 usage error.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -58,10 +60,10 @@ class Release:
 
 def version(program: Path) -> str:
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    words = result.stdout.split()
-    if result.returncode != 0 or len(words) < 2:
+    found = re.search(r"^(?:Error: )?firezone-[a-z-]+ (\d+\.\d+\.\d+)", result.stdout + result.stderr, re.MULTILINE)
+    if found is None:  # clients before 1.4 tell their version as an error
         raise LabError(f"{program} --version failed: {result.stderr.strip() or result.returncode}")
-    return words[1]
+    return found[1]
 
 
 def mixes(release: Release) -> dict[str, Programs]:
