@@ -183,7 +183,8 @@ def write(sections: list[str]) -> None:
     notes = path.read_text().partition("<!-- notes -->")[2] if path.exists() else ""
     head = (
         "# Compatibility\n\nWhat was tried with which official programs, on our embedded portal, by "
-        "`make interop PEERS=<folder>`.\nEach scenario is described in `tests/netns/scenarios.py`.\n"
+        "`make interop PEERS=<folder>`.\nEach scenario is described in `tests/netns/scenarios.py` or "
+        "`tests/netns/name_scenarios.py`; `-` means that it has no point in this mix.\n"
     )
     path.write_text("\n".join([head, *sections]) + (f"\n<!-- notes -->{notes}" if notes else ""))
 
