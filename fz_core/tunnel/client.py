@@ -10,8 +10,7 @@ from ipaddress import ip_address
 
 from fz_core.crypto import PrivateKey
 from fz_core.dns import DnsRecord, NameEntry
-from fz_core.ice import Credentials
-from fz_core.node import CLIENT_PROFILES, NoRelays, Parameters
+from fz_core.node import CLIENT_PROFILES, NoRelays
 from fz_core.packet import DropReason, Packet, build_icmp_prohibited
 from fz_core.portal import client as messages
 from fz_core.portal.types import DynamicDevicePool, Interface, merge_relays
@@ -37,6 +36,7 @@ from fz_core.tunnel.name_setups import NameSetups, SetupKey
 from fz_core.tunnel.peer_access import PeerDecision
 from fz_core.tunnel.ranges import PROXY_RANGE, SENTINEL_RANGE, is_multicast
 from fz_core.tunnel.resources import Target, Via
+from fz_core.tunnel.role import connection_parameters
 from fz_core.tunnel.status import resource_views
 from fz_core.tunnel.traffic import is_classifiable, outbound
 
@@ -414,11 +414,11 @@ class ClientTunnel(PeerTunnel):
         resource = self.resources.get(message.resource_id)
         if resource is None or AccessKey(message.resource_id) not in self._pending:
             return
-        parameters = Parameters(
+        parameters = connection_parameters(
             message.gateway_public_key,
             message.preshared_key,
-            Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
-            Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
+            message.client_ice_credentials,
+            message.gateway_ice_credentials,
             controlling=True,
             iceless=message.use_iceless,
         )

@@ -12,8 +12,7 @@ from ipaddress import IPv4Address, ip_address
 
 from fz_core.crypto import PrivateKey
 from fz_core.dns import NameEntry, ProxyNames
-from fz_core.ice import Credentials
-from fz_core.node import PEER_CLIENT_PROFILES, NoRelays, Parameters
+from fz_core.node import PEER_CLIENT_PROFILES, NoRelays
 from fz_core.packet import DropReason, IcmpErrorKind, Packet, build_icmp_prohibited
 from fz_core.portal import client as messages
 from fz_core.portal.types import Authorization, Interface
@@ -35,7 +34,7 @@ from fz_core.tunnel.peer_access import PeerDecision
 from fz_core.tunnel.peer_clients import PeerClient, PeerClients
 from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.resources import Resources, Target, Via
-from fz_core.tunnel.role import TunnelRole
+from fz_core.tunnel.role import TunnelRole, connection_parameters
 from fz_core.tunnel.status import Sites
 from fz_core.tunnel.traffic import outbound
 from fz_core.tunnel.waiting import WaitingPackets
@@ -196,11 +195,11 @@ class PeerTunnel(TunnelRole):
         wanted = list(self._pending.devices(*ips))
         if message.resource is None and not wanted and self._peers.get(message.client_id) is None:
             return  # a late answer
-        parameters = Parameters(
+        parameters = connection_parameters(
             message.client_public_key,
             message.preshared_key,
-            Credentials(message.local_ice_credentials.username, message.local_ice_credentials.password),
-            Credentials(message.remote_ice_credentials.username, message.remote_ice_credentials.password),
+            message.local_ice_credentials,
+            message.remote_ice_credentials,
             controlling=message.is_controlling,
             iceless=message.use_iceless,
         )

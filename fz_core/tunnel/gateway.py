@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from fz_core.crypto import PrivateKey
-from fz_core.ice import Credentials
 from fz_core.node import GATEWAY_PROFILES, NoRelays, Parameters
 from fz_core.packet import (
     DropReason,
@@ -37,7 +36,7 @@ from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.ranges import PEER_RANGE, PEERS, PROXY_RANGE, SENTINEL_RANGE
 from fz_core.tunnel.resolutions import RENEWAL, Resolution, Resolutions
-from fz_core.tunnel.role import TunnelRole
+from fz_core.tunnel.role import TunnelRole, connection_parameters
 
 TICK = 1.0
 MAX_PROXIES_PER_NAME = 16
@@ -284,11 +283,11 @@ class GatewayTunnel(TunnelRole):
                     self._revoke(client_id, resource_id, "not listed by the portal", now)
 
     def _authorize(self, message: messages.CreateAuthorization, now: float) -> None:
-        parameters = Parameters(
+        parameters = connection_parameters(
             message.client.public_key,
             message.client.preshared_key,
-            Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
-            Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
+            message.gateway_ice_credentials,
+            message.client_ice_credentials,
             controlling=False,
             iceless=message.use_iceless,
         )
@@ -423,12 +422,12 @@ class GatewayTunnel(TunnelRole):
 
     def _legacy_parameters(self, message: messages.RequestConnection) -> Parameters:
         """The same request again means the same connection, so our credentials must be the same too."""
-        client, remote = message.client, message.client_ice_credentials
-        wanted = Parameters(
+        client = message.client
+        wanted = connection_parameters(
             client.public_key,
             client.preshared_key,
-            Credentials(self._random_bytes(4).hex(), self._random_bytes(16).hex()),
-            Credentials(remote.username, remote.password),
+            IceCredentials(self._random_bytes(4).hex(), self._random_bytes(16).hex()),
+            message.client_ice_credentials,
             controlling=False,
             iceless=False,
         )

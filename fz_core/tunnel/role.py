@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fz_core.crypto import PrivateKey
-from fz_core.node import Node
+from fz_core.ice import Credentials
+from fz_core.node import Node, Parameters
 from fz_core.node import events as node_events
 from fz_core.packet import Address, DropCounter, DropReason, Packet, Transmit
 from fz_core.portal.client import NoRelays, SetSnownetCapabilities
-from fz_core.portal.types import FlowLogs
+from fz_core.portal.types import FlowLogs, IceCredentials
 from fz_core.tunnel.candidates import CandidateBatch, CandidateOutbox
 from fz_core.tunnel.errors import PacketError
 from fz_core.tunnel.events import ConnectionUp, FlowLogsConfigured, PathInUse, SendToPortal, TunnelEvent
@@ -186,3 +187,23 @@ class TunnelRole(ABC):
     def _drop(self, reason: DropReason, source: object = None, destination: object = None) -> PacketError | None:
         self.drops.add(reason)
         return None if reason in SILENT else PacketError(reason, source, destination)
+
+
+def connection_parameters(
+    remote_key: bytes,
+    preshared_key: bytes,
+    local: IceCredentials,
+    remote: IceCredentials,
+    *,
+    controlling: bool,
+    iceless: bool,
+) -> Parameters:
+    """What the portal says about a connection, as the node wants it."""
+    return Parameters(
+        remote_key,
+        preshared_key,
+        Credentials(local.username, local.password),
+        Credentials(remote.username, remote.password),
+        controlling=controlling,
+        iceless=iceless,
+    )
