@@ -167,8 +167,14 @@ class AccessEnded:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class CheckPortal:
+    """A peer fell silent, so the network under us may have changed: does the portal still answer?"""
+
+
 TunnelEvent = (
     SendToPortal
+    | CheckPortal
     | FlowLogsConfigured
     | TunConfigChanged
     | ResourcesChanged
