@@ -1,29 +1,67 @@
-"""spec/tunnel.md §23 is a test list: every item has at least one test that says so with a `shows` mark."""
+"""The specifications end in lists of what a test must show: every item has a test that says so with a `shows` mark.
+
+`@pytest.mark.shows("tunnel", 1, 2)` names items of spec/tunnel.md §23, "connectivity" those of spec/connectivity.md §11
+and "io" those of spec/io.md §14.
+"""
 
 from __future__ import annotations
 
-import re
+import ast
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"@pytest\.mark\.shows\(([\d,\s]+)\)")
-ITEMS = range(1, 97)
+LAST_ITEM = {"tunnel": 96, "connectivity": 54, "io": 51}
+# Must be exact: whoever shows an item takes it out.
+NOT_YET: dict[str, set[int]] = {
+    "tunnel": set(),
+    # fmt: off
+    "connectivity": {
+        1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+        11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+        21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
+        31, 32, 33, 34, 35, 36, 37, 38, 39, 40,
+        41, 42, 43, 44, 45, 46, 47, 48, 49, 50,
+        51, 52, 53, 54,
+    },
+    "io": {
+        1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+        11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+        21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
+        31, 32, 33, 34, 35, 36, 37, 38, 39, 40,
+        41, 42, 43, 44, 45, 46, 47, 48, 49, 50,
+        51,
+    },
+    # fmt: on
+}
 
 
-def shown() -> dict[int, set[str]]:
-    """Items and the files that show them."""
-    found: dict[int, set[str]] = {}
-    for path in TESTS.rglob("test_*.py"):
-        for numbers in MARK.findall(path.read_text()):
-            for number in re.findall(r"\d+", numbers):
-                found.setdefault(int(number), set()).add(path.name)
-    return found
-
-
-def test_every_item_of_the_tunnels_list_is_shown() -> None:
-    missing = sorted(set(ITEMS) - set(shown()))
-    assert not missing, f"no test shows items {missing}"
+@pytest.mark.parametrize("sheet", LAST_ITEM)
+def test_every_item_of_a_list_is_shown(sheet: str) -> None:
+    missing = set(range(1, LAST_ITEM[sheet] + 1)) - _shown(sheet)
+    assert not missing - NOT_YET[sheet], "no test shows these"
+    assert not NOT_YET[sheet] - missing, "shown by now: take these out of NOT_YET"
 
 
 def test_no_mark_names_an_item_that_does_not_exist() -> None:
-    assert set(shown()) <= set(ITEMS)
+    wrong = [(sheet, item, where) for sheet, item, where in _marks() if not 1 <= item <= LAST_ITEM.get(sheet, 0)]
+    assert not wrong
+
+
+def _shown(sheet: str) -> set[int]:
+    return {item for name, item, _ in _marks() if name == sheet}
+
+
+def _marks() -> Iterator[tuple[str, int, str]]:
+    """Sheet, item and file of every mark; a mark that is not written as literals fails here."""
+    for path in sorted(TESTS.rglob("test_*.py")):
+        source = path.read_text()
+        if "mark.shows(" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "shows":
+                sheet, *items = (ast.literal_eval(argument) for argument in node.args)
+                for item in items:
+                    yield sheet, item, path.name

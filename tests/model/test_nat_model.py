@@ -200,4 +200,4 @@ class NatMachine(RuleBasedStateMachine):
 
 TestNat = NatMachine.TestCase
 TestNat.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-pytestmark = pytest.mark.shows(81, 82, 83)
+pytestmark = pytest.mark.shows("tunnel", 81, 82, 83)

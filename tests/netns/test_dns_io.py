@@ -176,7 +176,7 @@ class TestUnderADefaultRouteIntoTheTunnel:
             await stream.aclose()
         assert packets(routed) == []
 
-    @pytest.mark.shows(50)
+    @pytest.mark.shows("tunnel", 50)
     @pytest.mark.parametrize("family", [0, 1])
     @pytest.mark.parametrize("build", [build_icmp_prohibited, build_icmp_unreachable])
     async def test_an_unmarked_query_enters_the_tunnel_and_fails_with_its_icmp_error(

@@ -58,7 +58,7 @@ def test_dig(host: Host, server: Pump, sentinel: str) -> None:
 
 
 @pytest.mark.peer("dig")
-@pytest.mark.shows(51)
+@pytest.mark.shows("tunnel", 51)
 def test_dig_keeps_a_connection_open(host: Host, server: Pump, sentinel: str) -> None:
     names = [f"{n}.example.com" for n in range(5)]
     questions = [word for name in names for word in (name, "A")]
@@ -67,7 +67,7 @@ def test_dig_keeps_a_connection_open(host: Host, server: Pump, sentinel: str) ->
     assert len(server.peers) == 1
 
 
-@pytest.mark.shows(51)
+@pytest.mark.shows("tunnel", 51)
 def test_queries_on_one_connection(host: Host, server: Pump, sentinel: str) -> None:
     with connect(host, sentinel) as client:
         client.sendall(b"".join(frame(make_query(f"{n}.example.com", message_id=1)) for n in range(5)))
@@ -185,7 +185,7 @@ def test_other_ports_are_refused(host: Host, server: Pump, sentinel: str) -> Non
         connect(host, sentinel, port=80)
 
 
-@pytest.mark.shows(54)
+@pytest.mark.shows("tunnel", 54)
 def test_other_addresses_end_all_connections(host: Host, server: Pump, sentinel: str) -> None:
     with connect(host, sentinel) as client:
         client.sendall(frame(make_query("0.slow.example.com")))

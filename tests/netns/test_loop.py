@@ -97,7 +97,7 @@ def rig() -> Iterator[Rig]:
             built.close()
 
 
-@pytest.mark.shows(95)
+@pytest.mark.shows("tunnel", 95)
 async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
     with rig() as r:
         for n in range(100):
@@ -134,7 +134,7 @@ async def test_every_saturated_source_progresses_within_one_turn() -> None:
         assert r.tun.read_batch(1)
 
 
-@pytest.mark.shows(95)
+@pytest.mark.shows("tunnel", 95)
 async def test_a_command_that_fails_costs_no_other_command() -> None:
     with rig() as r:
         ran: list[int] = []
@@ -149,7 +149,7 @@ async def test_a_command_that_fails_costs_no_other_command() -> None:
         assert [type(e) for e in r.errors] == [ValueError]
 
 
-@pytest.mark.shows(95)
+@pytest.mark.shows("tunnel", 95)
 async def test_bad_datagrams_in_a_batch_leave_the_rest_in_order() -> None:
     with rig() as r:
         taken: list[bytes] = []
@@ -172,7 +172,7 @@ async def test_bad_datagrams_in_a_batch_leave_the_rest_in_order() -> None:
         assert all(str(r.noise[0].getsockname()[1]) in str(e) for e in r.errors)
 
 
-@pytest.mark.shows(50, 95)
+@pytest.mark.shows("tunnel", 50, 95)
 async def test_bad_queries_in_a_batch_leave_the_others_answered() -> None:
     with rig() as r:
         r.state.set_system_resolvers([bytes([192, 0, 2, 53])], clock.now())
@@ -203,7 +203,7 @@ async def test_bad_queries_in_a_batch_leave_the_others_answered() -> None:
         assert r.state.drops[DropReason.MALFORMED_DNS] == 2
 
 
-@pytest.mark.shows(94)
+@pytest.mark.shows("tunnel", 94)
 async def test_packets_keep_their_order_when_the_device_makes_us_wait() -> None:
     with rig() as r:
         refusals = iter([True, True, False] * 100)

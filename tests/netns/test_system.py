@@ -26,7 +26,7 @@ from tests.netns.scenarios import SCENARIOS, eventually
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 
 
-@pytest.mark.shows(96)
+@pytest.mark.shows("tunnel", 96)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str) -> None:
     SCENARIOS[name](Programs())
@@ -38,7 +38,7 @@ def test_name_scenario(name: str) -> None:
     NAME_SCENARIOS[name](Programs())
 
 
-@pytest.mark.shows(90)
+@pytest.mark.shows("tunnel", 90)
 @pytest.mark.peer("unbound", "dig")
 def test_one_download_is_one_flow_at_both_ends() -> None:
     """docs/flow-logs.md: the client names the proxy address, the gateway the real one."""
@@ -82,7 +82,7 @@ def five_over_one_connection(host: Host) -> None:
         raise LabError(f"asked {queries}, was answered {received}")
 
 
-@pytest.mark.shows(51)
+@pytest.mark.shows("tunnel", 51)
 @pytest.mark.peer("unbound", "dig")
 def test_five_queries_on_one_connection_all_complete() -> None:
     with named_system(Programs(), clients=False) as system:
@@ -148,7 +148,7 @@ def test_names_resolve_by_the_systems_functions_too() -> None:
         must_fail("a name that does not exist", lambda: load(system, "absent"))
 
 
-@pytest.mark.shows(50, 53)
+@pytest.mark.shows("tunnel", 50, 53)
 @pytest.mark.peer("unbound", "dig")
 def test_an_icmp_error_for_a_tunnelled_query_fails_that_query_at_once() -> None:
     """Nobody serves DNS at 10.20.0.81: the server's "port unreachable" comes back through the tunnel."""
@@ -170,7 +170,7 @@ def test_an_icmp_error_for_a_tunnelled_query_fails_that_query_at_once() -> None:
         ping(system, "10.20.0.80")
 
 
-@pytest.mark.shows(94)
+@pytest.mark.shows("tunnel", 94)
 def test_a_deleted_device_ends_the_program_once_with_one_line() -> None:
     with Lab() as lab:
         system = System(lab)

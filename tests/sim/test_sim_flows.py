@@ -41,7 +41,7 @@ def own_ip(net: System) -> bytes:
     return next(ips for role, peer, _, ips in net.portal.peers.values() if peer is net.client)[0].packed
 
 
-@pytest.mark.shows(90)
+@pytest.mark.shows("tunnel", 90)
 @pytest.mark.parametrize("blocked", [False, True])
 def test_both_ends_tell_the_same(blocked: bool) -> None:
     net = System(1, Scenario(blocked=blocked))

@@ -29,7 +29,7 @@ def kinds(packets: list) -> list:
     return found
 
 
-@pytest.mark.shows(41)
+@pytest.mark.shows("tunnel", 41)
 def test_the_first_query_assigns_addresses_and_later_ones_repeat_them() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     first = names.addresses("wiki.corp.example")
@@ -44,7 +44,7 @@ def test_the_first_query_assigns_addresses_and_later_ones_repeat_them() -> None:
     assert names.asked() == []
 
 
-@pytest.mark.shows(26, 61, 81)
+@pytest.mark.shows("tunnel", 26, 61, 81)
 @pytest.mark.parametrize("protocol", [UDP, TCP, ICMP])
 @pytest.mark.parametrize("rdtype", ["A", "AAAA"])
 def test_a_name_is_reached_over_both_families(protocol: int, rdtype: str) -> None:
@@ -88,7 +88,7 @@ def test_a_name_of_one_family_is_reached_through_both(
     assert verify_checksums(names.seen[0]) == ()
 
 
-@pytest.mark.shows(86)
+@pytest.mark.shows("tunnel", 86)
 def test_without_translation_the_missing_family_is_unreachable() -> None:
     names = Names(named(1, "*.corp.example"), zone={"wiki.corp.example": ("10.0.0.80",)})
     names.gateway.state._mix_families = False
@@ -108,7 +108,7 @@ def test_a_name_that_does_not_exist_is_unreachable(zone: dict) -> None:
     assert kinds(names.talk(proxy)) == [IcmpErrorKind.UNREACHABLE]
 
 
-@pytest.mark.shows(61)
+@pytest.mark.shows("tunnel", 61)
 def test_a_failed_name_waits_for_the_next_query() -> None:
     """A look-up that takes too long: packets are lost, later ones refused, until somebody asks again."""
     names = Names(named(1, "*.corp.example"), zone={"wiki.corp.example": None})
@@ -121,7 +121,7 @@ def test_a_failed_name_waits_for_the_next_query() -> None:
     assert kinds(names.talk(proxy)) == [UDP]
 
 
-@pytest.mark.shows(62, 84)
+@pytest.mark.shows("tunnel", 62, 84)
 def test_a_name_that_moves_takes_new_flows_along_and_leaves_old_ones() -> None:
     names = Names(named(1, "*.corp.example"), zone={"wiki.corp.example": ("10.0.0.80",)})
     proxy = names.addresses("wiki.corp.example")[0]
@@ -134,7 +134,7 @@ def test_a_name_that_moves_takes_new_flows_along_and_leaves_old_ones() -> None:
     assert [str(ip_address(p.dst)) for p in names.seen] == ["10.0.0.80", "10.0.0.80", "10.0.0.99"]
 
 
-@pytest.mark.shows(85)
+@pytest.mark.shows("tunnel", 85)
 def test_a_restarted_client_numbers_its_names_anew() -> None:
     names = Names(
         named(1, "*.corp.example"), zone={"one.corp.example": ("10.0.0.81",), "two.corp.example": ("10.0.0.82",)}
@@ -149,7 +149,7 @@ def test_a_restarted_client_numbers_its_names_anew() -> None:
     assert [str(ip_address(p.dst)) for p in names.seen] == ["10.0.0.81", "10.0.0.82"]
 
 
-@pytest.mark.shows(15, 87)
+@pytest.mark.shows("tunnel", 15, 87)
 def test_two_resources_of_one_name_allow_what_either_allows() -> None:
     wide, exact = (
         named(1, "*.corp.example", Filter("udp", 80, 80)),
@@ -163,7 +163,7 @@ def test_two_resources_of_one_name_allow_what_either_allows() -> None:
     assert names.asked() == [uuid(1), uuid(2)]
 
 
-@pytest.mark.shows(43)
+@pytest.mark.shows("tunnel", 43)
 def test_each_family_goes_to_the_resource_that_has_it() -> None:
     names = Names(
         named(1, "*.corp.example", ip_stack="ipv4_only"), named(2, "wiki.corp.example", ip_stack="ipv6_only"), zone=WIKI
@@ -174,7 +174,7 @@ def test_each_family_goes_to_the_resource_that_has_it() -> None:
     assert names.asked() == [uuid(1), uuid(2)]
 
 
-@pytest.mark.shows(42)
+@pytest.mark.shows("tunnel", 42)
 def test_narrowing_the_stack_shows_with_the_next_query() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     assert len(names.addresses("wiki.corp.example", "AAAA")) == 4
@@ -183,14 +183,14 @@ def test_narrowing_the_stack_shows_with_the_next_query() -> None:
     assert len(names.addresses("wiki.corp.example")) == 4
 
 
-@pytest.mark.shows(46)
+@pytest.mark.shows("tunnel", 46)
 def test_reverse_look_ups_of_proxies() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     names.addresses("wiki.corp.example")
     assert names.addresses("1.0.96.100.in-addr.arpa", "PTR") == ["wiki.corp.example."]
 
 
-@pytest.mark.shows(45)
+@pytest.mark.shows("tunnel", 45)
 def test_the_canary_and_https() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     answer = names.query("use-application-dns.net")
@@ -199,7 +199,7 @@ def test_the_canary_and_https() -> None:
     assert names.addresses("wiki.corp.example", "HTTPS") == []
 
 
-@pytest.mark.shows(63)
+@pytest.mark.shows("tunnel", 63)
 def test_an_unanswered_announcement_is_repeated_by_traffic_after_two_seconds() -> None:
     names = Names(named(1, "*.corp.example"), zone={**WIKI, "other.corp.example": ("10.0.0.80",)})
     proxy = names.addresses("wiki.corp.example")[0]
@@ -226,7 +226,7 @@ def test_an_unanswered_announcement_is_repeated_by_traffic_after_two_seconds() -
     assert kinds(names.talk(other))[-1:] == [UDP]
 
 
-@pytest.mark.shows(89)
+@pytest.mark.shows("tunnel", 89)
 @pytest.mark.parametrize(("icmp_type", "code"), [(3, 0), (3, 1), (3, 3), (3, 4), (11, 0)])
 def test_errors_of_the_resource_quote_what_the_client_sent(icmp_type: int, code: int) -> None:
     names = Names(named(1, "*.corp.example"), zone={"wiki.corp.example": ("10.0.0.80",)})
@@ -271,7 +271,7 @@ def test_forwarded_queries_and_their_end() -> None:
     assert answer.rcode() == 2
 
 
-@pytest.mark.shows(40)
+@pytest.mark.shows("tunnel", 40)
 def test_portal_texts_with_bad_patterns_do_no_harm() -> None:
     names = Names(named(1, "***.example"), named(2, "*.corp.example"), zone=WIKI)
     assert len(names.addresses("wiki.corp.example")) == 4
@@ -279,7 +279,7 @@ def test_portal_texts_with_bad_patterns_do_no_harm() -> None:
     assert names.query("wiki.corp.example") is None  # forwarded, and nobody answers
 
 
-@pytest.mark.shows(47)
+@pytest.mark.shows("tunnel", 47)
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize(("sentinel", "family"), [(SENTINEL, 4), (SENTINEL6, 6)])
 def test_services_and_texts_are_asked_in_the_site(connected: bool, sentinel: str, family: int) -> None:
@@ -307,7 +307,7 @@ def test_services_and_texts_are_asked_in_the_site(connected: bool, sentinel: str
     assert names.asked() == [uuid(1)]
 
 
-@pytest.mark.shows(48, 49)
+@pytest.mark.shows("tunnel", 48, 49)
 def test_names_of_a_dynamic_pool_come_from_the_portal_and_before_resources() -> None:
     pool = DynamicDevicePool(uuid(9), "devices", "*.corp.example")
     names = Names(named(1, "*.corp.example"), pool, zone=WIKI)
@@ -323,7 +323,7 @@ def test_names_of_a_dynamic_pool_come_from_the_portal_and_before_resources() -> 
     assert names.addresses("laptop.corp.example", "TXT") == []
 
 
-@pytest.mark.shows(52)
+@pytest.mark.shows("tunnel", 52)
 def test_the_ends_of_forwarded_queries() -> None:
     """A local time-out is passed over in silence, one of the tunnel is SERVFAIL; after a reset nothing comes."""
     names = Names(named(1, "*.corp.example"), zone=WIKI)
@@ -351,7 +351,7 @@ def test_the_ends_of_forwarded_queries() -> None:
     assert names.client.state._dns.poll_timeout() is None
 
 
-@pytest.mark.shows(50)
+@pytest.mark.shows("tunnel", 50)
 def test_a_reply_that_is_none_is_servfail_and_counted() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     for reply in (b"", b"\xff" * 600, dns.message.make_response(dns.message.make_query("else.org", "A")).to_wire()):
@@ -362,7 +362,7 @@ def test_a_reply_that_is_none_is_servfail_and_counted() -> None:
     assert names.client.state.drops[DropReason.MALFORMED_DNS] == 3
 
 
-@pytest.mark.shows(44)
+@pytest.mark.shows("tunnel", 44)
 def test_names_of_an_earlier_session_keep_their_addresses() -> None:
     names = Names(named(1, "*.corp.example"), named(2, "*.other.example"), zone=WIKI)
     first = names.addresses("wiki.corp.example")
@@ -378,7 +378,7 @@ def test_names_of_an_earlier_session_keep_their_addresses() -> None:
     assert names.addresses("b.new.example")[0] == "100.96.0.9"
 
 
-@pytest.mark.shows(36, 37)
+@pytest.mark.shows("tunnel", 36, 37)
 def test_servers_of_the_portal_come_before_those_of_the_host() -> None:
     names = Names(named(1, "*.corp.example"), zone=WIKI)
     names.client.state.set_system_resolvers(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fz_core.dns import ProxyNames, Query, ReplyCache, ResourceStub, StubAnswer
 
 
-@pytest.mark.shows(57)
+@pytest.mark.shows("tunnel", 57)
 def test_an_hour_after_100_seconds() -> None:
     cache = ReplyCache()
     cache.store(make_query("example.com", message_id=1), make_reply("example.com 3600 IN A 192.0.2.1"), 1000.0)
@@ -25,7 +25,7 @@ def test_an_hour_after_100_seconds() -> None:
     assert message.flags == dns.flags.QR | dns.flags.RD
 
 
-@pytest.mark.shows(57)
+@pytest.mark.shows("tunnel", 57)
 def test_two_ttls() -> None:
     cache = ReplyCache()
     reply = make_reply("example.com 1800 IN CNAME a.example.net", "a.example.net 3600 IN A 192.0.2.1")
@@ -36,7 +36,7 @@ def test_two_ttls() -> None:
     assert len(cache) == 0
 
 
-@pytest.mark.shows(57)
+@pytest.mark.shows("tunnel", 57)
 def test_stub_answers_are_not_kept() -> None:
     names = ProxyNames()
     names.add_resource("r1", "example.com", "dual")

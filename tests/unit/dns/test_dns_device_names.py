@@ -14,21 +14,21 @@ V4, V6 = ip_address("100.64.0.5").packed, ip_address("fd00:2021:1111::5").packed
 NAME = "laptop.devices.example"
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 def test_an_unmatched_name_passes() -> None:
     assert make_pools().handle_query(make_query("example.com"), 1, 0.0) is None
     chaos = parse(dns.message.make_query(NAME, "A", rdclass="CH").to_wire())
     assert make_pools().handle_query(chaos, 1, 0.0) is None
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 def test_other_types_are_empty() -> None:
     pools = make_pools()
     assert read(pools.handle_query(make_query(NAME, "TXT"), 1, 0.0)) == ("NOERROR", [])
     assert pools.poll_request() is None
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 def test_one_request_two_answers_then_memory() -> None:
     pools = make_pools()
     assert pools.handle_query(make_query(NAME, "A"), "a", 0.0) is PENDING
@@ -45,7 +45,7 @@ def test_one_request_two_answers_then_memory() -> None:
     assert pools.poll_request() is None
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 @pytest.mark.parametrize(("is_missing", "rcode"), [(True, "NXDOMAIN"), (False, "SERVFAIL")])
 def test_failures_are_not_remembered(is_missing: bool, rcode: str) -> None:
     pools = make_pools()
@@ -57,7 +57,7 @@ def test_failures_are_not_remembered(is_missing: bool, rcode: str) -> None:
     assert pools.poll_request() == ("p1", NAME)
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 def test_the_portal_has_five_seconds() -> None:
     pools = make_pools()
     pools.handle_query(make_query(NAME), "a", 10.0)
@@ -71,7 +71,7 @@ def test_the_portal_has_five_seconds() -> None:
     assert pools.handle_query(make_query(NAME), "a", 17.0) is PENDING
 
 
-@pytest.mark.shows(48)
+@pytest.mark.shows("tunnel", 48)
 def test_a_removed_pool_is_forgotten() -> None:
     pools = make_pools()
     pools.handle_query(make_query("known.devices.example"), "known", 0.0)
@@ -98,7 +98,7 @@ def test_a_replaced_pattern_forgets_and_the_same_one_does_not() -> None:
     assert pools.handle_query(make_query(NAME), "a", 1.0) is None
 
 
-@pytest.mark.shows(49)
+@pytest.mark.shows("tunnel", 49)
 def test_a_pool_is_asked_whatever_the_resources_say() -> None:
     names = ProxyNames()
     names.add_resource("r1", NAME, "dual")

@@ -165,7 +165,7 @@ def test_with_id() -> None:
     assert with_id(b"x", 1) == b"x"
 
 
-@pytest.mark.shows(55)
+@pytest.mark.shows("tunnel", 55)
 def test_truncation() -> None:
     query = parse(make_wire("example.com", "A"))
     reply = build_addresses(query, [n.to_bytes(4, "big") for n in range(1000)])
@@ -190,7 +190,7 @@ def test_garbage_is_truncated_too(garbage: bytes) -> None:
     assert cut[2] & 2
 
 
-@pytest.mark.shows(46)
+@pytest.mark.shows("tunnel", 46)
 @pytest.mark.parametrize(
     ("name", "ip"),
     [
@@ -203,7 +203,7 @@ def test_reverse_names(name: str, ip: str) -> None:
     assert parse_reverse_name(name) == ip_address(ip).packed
 
 
-@pytest.mark.shows(46)
+@pytest.mark.shows("tunnel", 46)
 @pytest.mark.parametrize(
     "name",
     [

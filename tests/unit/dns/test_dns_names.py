@@ -16,7 +16,7 @@ FIRST_V4 = ["100.96.0.1", "100.96.0.2", "100.96.0.3", "100.96.0.4"]
 FIRST_V6 = ["fd00:2021:1111:8000::", *(f"fd00:2021:1111:8000::{n}" for n in (1, 2, 3))]
 
 
-@pytest.mark.shows(41)
+@pytest.mark.shows("tunnel", 41)
 def test_a_first_query_assigns_and_a_second_changes_nothing() -> None:
     names = make_names(("r1", "*.example.com"))
     entry = assign(names, "foo.example.com")
@@ -107,7 +107,7 @@ def test_a_changed_pattern_is_forgotten() -> None:
     assert ids(entry.matches) == ["r1"]
 
 
-@pytest.mark.shows(42)
+@pytest.mark.shows("tunnel", 42)
 def test_narrowing_shows_in_the_recorded_resources() -> None:
     names = make_names(("r1", "foo.example.com"))
     entry = assign(names, "foo.example.com")
@@ -117,7 +117,7 @@ def test_narrowing_shows_in_the_recorded_resources() -> None:
     assert text(entry.v4) == FIRST_V4
 
 
-@pytest.mark.shows(44)
+@pytest.mark.shows("tunnel", 44)
 def test_a_reseeded_record_of_a_changed_resource() -> None:
     earlier = make_names(("r1", "foo.example.com"), ("r2", "**.example.com"))
     assign(earlier, "foo.example.com")
@@ -134,7 +134,7 @@ def test_a_reseeded_record_of_a_changed_resource() -> None:
     assert text(entry.v4) == FIRST_V4
 
 
-@pytest.mark.shows(44)
+@pytest.mark.shows("tunnel", 44)
 def test_the_same_when_the_resources_come_first() -> None:
     names = make_names(("r1", "other.example.com"))
     names.restore([DnsRecord("foo.example.com", (("foo.example.com", "r1"),), packed(*FIRST_V4, *FIRST_V6))])

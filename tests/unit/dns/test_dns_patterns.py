@@ -72,13 +72,13 @@ ORDER = [
 ]
 
 
-@pytest.mark.shows(40)
+@pytest.mark.shows("tunnel", 40)
 @pytest.mark.parametrize(("pattern", "name"), POSITIVE)
 def test_matches(pattern: str, name: str) -> None:
     assert parse(pattern).matches(name)
 
 
-@pytest.mark.shows(40)
+@pytest.mark.shows("tunnel", 40)
 @pytest.mark.parametrize(("pattern", "name"), NEGATIVE)
 def test_does_not_match(pattern: str, name: str) -> None:
     assert not parse(pattern).matches(name)
@@ -96,7 +96,7 @@ def test_a_pattern_of_absurd_length_is_invalid() -> None:
     assert Pattern.parse("a" * 513) is None
 
 
-@pytest.mark.shows(40)
+@pytest.mark.shows("tunnel", 40)
 def test_order() -> None:
     ranks = [parse(text).rank for text in ORDER]
     assert all(better > worse for better, worse in pairwise(ranks))

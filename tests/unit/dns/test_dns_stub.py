@@ -13,7 +13,7 @@ V4 = [f"100.96.0.{n}" for n in range(1, 5)]
 V6 = ["fd00:2021:1111:8000::", *(f"fd00:2021:1111:8000::{n}" for n in (1, 2, 3))]
 
 
-@pytest.mark.shows(41)
+@pytest.mark.shows("tunnel", 41)
 def test_addresses() -> None:
     stub = Stub(("r1", "*.example.com", "dual"))
     for _ in range(2):
@@ -26,7 +26,7 @@ def test_addresses() -> None:
     assert rrset.ttl == 1
 
 
-@pytest.mark.shows(41)
+@pytest.mark.shows("tunnel", 41)
 def test_a_repeated_query_changes_nothing() -> None:
     stub = Stub(("r1", "*.example.com", "dual"))
     stub.ask("foo.example.com", "A")
@@ -43,7 +43,7 @@ def test_names_stay_out_of_representations() -> None:
         assert "foo" not in repr(value)
 
 
-@pytest.mark.shows(42)
+@pytest.mark.shows("tunnel", 42)
 @pytest.mark.parametrize(("stack", "v4", "v6"), [("ipv4_only", V4, []), ("ipv6_only", [], V6)])
 def test_one_family(stack: str, v4: list[str], v6: list[str]) -> None:
     stub = Stub(("r1", "foo.example.com", stack))
@@ -52,7 +52,7 @@ def test_one_family(stack: str, v4: list[str], v6: list[str]) -> None:
     assert stub.names.entry("foo.example.com") is not None
 
 
-@pytest.mark.shows(42)
+@pytest.mark.shows("tunnel", 42)
 def test_one_family_after_narrowing_and_from_a_reseeded_table() -> None:
     stub = Stub(("r1", "foo.example.com", "dual"))
     assert stub.ask("foo.example.com", "A") == ("NOERROR", V4)
@@ -64,7 +64,7 @@ def test_one_family_after_narrowing_and_from_a_reseeded_table() -> None:
     assert later.ask("foo.example.com", "A") == ("NOERROR", V4)
 
 
-@pytest.mark.shows(43)
+@pytest.mark.shows("tunnel", 43)
 def test_two_resources_of_different_families() -> None:
     stub = Stub(("r1", "*.example.com", "ipv4_only"), ("r2", "foo.example.com", "ipv6_only"))
     assert stub.ask("foo.example.com", "A") == ("NOERROR", V4)
@@ -75,7 +75,7 @@ def test_two_resources_of_different_families() -> None:
     assert [m.resource_id for m in entry.matches if m.has_v6] == ["r2"]
 
 
-@pytest.mark.shows(45)
+@pytest.mark.shows("tunnel", 45)
 @pytest.mark.parametrize("rdtype", ["A", "AAAA", "HTTPS", "TXT", "PTR", "MX"])
 def test_the_canary(rdtype: str) -> None:
     stub = Stub(("r1", "**", "dual"))
@@ -83,7 +83,7 @@ def test_the_canary(rdtype: str) -> None:
     assert len(stub.names) == 0
 
 
-@pytest.mark.shows(45)
+@pytest.mark.shows("tunnel", 45)
 def test_https_is_empty() -> None:
     stub = Stub(("r1", "foo.example.com", "dual"))
     assert stub.ask("foo.example.com", "HTTPS") == ("NOERROR", [])
@@ -114,7 +114,7 @@ def test_what_is_not_ours_recurses() -> None:
     assert stub.stub.resolve(parse(update), lambda name: False) is None
 
 
-@pytest.mark.shows(46)
+@pytest.mark.shows("tunnel", 46)
 def test_ptr() -> None:
     stub = Stub(("r1", "foo.example.com", "dual"))
     stub.ask("foo.example.com", "A")

@@ -47,7 +47,7 @@ def test_a_syn_leaves_nothing_behind() -> None:
     assert server.poll_timeout() is not None
 
 
-@pytest.mark.shows(51)
+@pytest.mark.shows("tunnel", 51)
 def test_queries_one_after_another() -> None:
     server = make_server()
     peer = Peer(server).connect()
@@ -233,7 +233,7 @@ def test_a_reply_of_absurd_length_ends_the_connection() -> None:
     assert [segment.tcp_flags & RST for segment in drain(server)] == [RST]
 
 
-@pytest.mark.shows(54)
+@pytest.mark.shows("tunnel", 54)
 def test_other_addresses_reset_everything_and_the_same_nothing() -> None:
     server = make_server()
     peer = Peer(server).connect()

@@ -13,7 +13,7 @@ from fz_core.dns import Sentinels, Upstream, effective_upstreams
 DOH = "https://dns.example/dns-query"
 
 
-@pytest.mark.shows(36)
+@pytest.mark.shows("tunnel", 36)
 def test_do53_beats_doh_beats_system() -> None:
     assert effective(["192.0.2.1"], [DOH], ["192.0.2.2"]) == [Upstream(ip=packed("192.0.2.1"))]
     assert effective([], [DOH], ["192.0.2.2"]) == [Upstream(url=DOH)]
@@ -21,14 +21,14 @@ def test_do53_beats_doh_beats_system() -> None:
     assert effective([], [], []) == []
 
 
-@pytest.mark.shows(36)
+@pytest.mark.shows("tunnel", 36)
 def test_order_is_kept_and_repetitions_are_not() -> None:
     servers = ["192.0.2.3", "2001:db8::1", "192.0.2.1", "192.0.2.3"]
     assert [u.ip for u in effective(servers, [], [])] == [packed(ip) for ip in servers[:3]]
     assert [u.url for u in effective([], ["b", "a", "b"], [])] == ["b", "a"]
 
 
-@pytest.mark.shows(37)
+@pytest.mark.shows("tunnel", 37)
 def test_sentinels_are_no_servers() -> None:
     sentinel, other, v6 = "100.100.111.1", "100.100.112.1", "fd00:2021:1111:8000:100:100:111:ff"
     for servers in ([sentinel, other, v6], [other]):
@@ -37,7 +37,7 @@ def test_sentinels_are_no_servers() -> None:
     assert effective([sentinel], [], ["192.0.2.1"])[0].is_system
 
 
-@pytest.mark.shows(36)
+@pytest.mark.shows("tunnel", 36)
 def test_one_sentinel_each_in_order_and_of_its_family() -> None:
     sentinels = Sentinels()
     upstreams = effective(["192.0.2.3", "2001:db8::1", "192.0.2.1"], [], [])
@@ -57,7 +57,7 @@ def test_doh_has_ipv4_sentinels() -> None:
     assert sentinels.mapping == ((packed("100.100.111.1"), Upstream(url=DOH)),)
 
 
-@pytest.mark.shows(38)
+@pytest.mark.shows("tunnel", 38)
 def test_the_same_set_keeps_its_sentinels() -> None:
     sentinels = Sentinels()
     upstreams = effective(["192.0.2.1", "192.0.2.2"], [], [])
@@ -67,7 +67,7 @@ def test_the_same_set_keeps_its_sentinels() -> None:
     assert sentinels.mapping == before
 
 
-@pytest.mark.shows(38, 39)
+@pytest.mark.shows("tunnel", 38, 39)
 @given(st.lists(st.lists(st.integers(0, 400), max_size=8, unique=True), max_size=8))
 def test_another_set_has_other_sentinels(sets: list[list[int]]) -> None:
     sentinels = Sentinels()

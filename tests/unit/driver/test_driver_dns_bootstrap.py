@@ -31,7 +31,7 @@ def lame(asked: Asked) -> list[bytes]:
     return [reply(asked, rcode="REFUSED")] if asked.transport == "udp" else GOOD(asked) or []
 
 
-@pytest.mark.shows(59)
+@pytest.mark.shows("tunnel", 59)
 class TestResolveHost:
     async def test_no_servers_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(DnsFailed, match="no name server"):

@@ -43,7 +43,7 @@ class Request(NamedTuple):
 Answer = Callable[[Request], "tuple[int, str, bytes] | None"]
 
 
-@pytest.mark.shows(58)
+@pytest.mark.shows("tunnel", 58)
 async def test_the_first_query_fails_at_once_and_a_later_one_works(system: System) -> None:
     client = await system.start()
     with pytest.raises(DnsFailed, match="bootstrapping"):
@@ -54,7 +54,7 @@ async def test_the_first_query_fails_at_once_and_a_later_one_works(system: Syste
     assert found.answer[0][0].address == "192.0.2.7"
 
 
-@pytest.mark.shows(56)
+@pytest.mark.shows("tunnel", 56)
 async def test_the_example_of_the_rfc(system: System) -> None:
     client = await system.start()
     system.answer = lambda request: ok(request, ttl=3709)

@@ -98,7 +98,7 @@ async def test_an_idle_connection_is_closed(system: System, autojump_clock: trio
         assert await stream.receive_some() == b""
 
 
-@pytest.mark.shows(54)
+@pytest.mark.shows("tunnel", 54)
 async def test_changing_addresses_with_questions_under_way(
     system: System, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -132,7 +132,7 @@ async def test_serving_the_same_addresses_again_keeps_connections(system: System
         assert await Frames(stream).receive()
 
 
-@pytest.mark.shows(60)
+@pytest.mark.shows("tunnel", 60)
 async def test_an_address_that_is_not_ours_leaves_no_socket(
     system: System, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -16,17 +16,17 @@ def test_rfc_1071_example() -> None:
     assert ones_complement_sum(bytes.fromhex("0001f203f4f5f6f7")) == 0xDDF2
 
 
-@pytest.mark.shows(2)
+@pytest.mark.shows("tunnel", 2)
 def test_rfc_1624_example_is_stored_as_all_ones() -> None:
     assert update_checksum(0xDD2F, 0x5555, 0x3285) == 0xFFFF
 
 
-@pytest.mark.shows(2)
+@pytest.mark.shows("tunnel", 2)
 def test_replacing_zero_by_zero_keeps_all_ones() -> None:
     assert update_checksum(0xFFFF, 0, 0) == 0xFFFF
 
 
-@pytest.mark.shows(2)
+@pytest.mark.shows("tunnel", 2)
 @given(st.integers(1, 0xFFFF), words)
 def test_replacing_a_word_by_itself_changes_nothing(current: int, word: int) -> None:
     assert update_checksum(current, word, word) == current

@@ -33,7 +33,7 @@ def error_in(packet: Packet) -> IcmpError:
     return error
 
 
-@pytest.mark.shows(4)
+@pytest.mark.shows("tunnel", 4)
 @given(packets())
 def test_errors_about_any_packet_swap_addresses_and_read_back(packet: Packet) -> None:
     for build, kind in (
@@ -60,7 +60,7 @@ def test_types_and_codes_on_the_wire() -> None:
     assert build_icmp_prohibited(v6).data[48:] == v6.data
 
 
-@pytest.mark.shows(4)
+@pytest.mark.shows("tunnel", 4)
 def test_a_maximal_v6_packet_is_quoted_up_to_the_mtu() -> None:
     packet = build_udp(A6, B6, 1, 2, bytes(1280 - 48))
     answer = build_icmp_unreachable(packet)
@@ -73,7 +73,7 @@ def error_packet(version: int, icmp_type: int, code: int, quote: bytes, rest: by
     return build_icmp(src, dst, icmp_type, code, rest + quote)
 
 
-@pytest.mark.shows(5)
+@pytest.mark.shows("tunnel", 5)
 @pytest.mark.parametrize(
     ("version", "icmp_type", "code", "kind", "mtu"),
     [
@@ -104,7 +104,7 @@ def test_kinds_and_mtu(version: int, icmp_type: int, code: int, kind: IcmpErrorK
     assert same_icmp == packet.data[packet.l4_offset :]
 
 
-@pytest.mark.shows(5)
+@pytest.mark.shows("tunnel", 5)
 @given(st.sampled_from([(4, 3), (4, 11), (6, 1), (6, 3)]), st.integers(0, 255), st.binary(min_size=4, max_size=4))
 def test_every_code_survives_translation(family_and_type: tuple[int, int], code: int, rest: bytes) -> None:
     version, icmp_type = family_and_type
@@ -116,7 +116,7 @@ def test_every_code_survives_translation(family_and_type: tuple[int, int], code:
     assert again.data[again.l4_offset :] == packet.data[packet.l4_offset :]
 
 
-@pytest.mark.shows(5)
+@pytest.mark.shows("tunnel", 5)
 @given(st.sampled_from([4, 6]), st.integers(0, 255), st.integers(0, 255), st.binary(min_size=4, max_size=64))
 def test_every_type_and_code_reads_as_it_was_built(version: int, icmp_type: int, code: int, rest: bytes) -> None:
     src, dst = (A4, B4) if version == 4 else (A6, B6)

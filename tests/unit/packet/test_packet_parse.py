@@ -37,7 +37,7 @@ def test_every_built_packet_parses_back_from_every_kind_of_buffer(packet: Packet
         assert bytes(packet) == data
 
 
-@pytest.mark.shows(1)
+@pytest.mark.shows("tunnel", 1)
 @given(st.binary(max_size=1400), st.sampled_from([0x45, 0x46, 0x60, 0x00]))
 @example(b"", 0x45)
 def test_any_bytes_are_refused_or_every_accessor_works(data: bytes, first: int) -> None:
@@ -51,7 +51,7 @@ def test_any_bytes_are_refused_or_every_accessor_works(data: bytes, first: int) 
     assert repr(parsed)
 
 
-@pytest.mark.shows(1)
+@pytest.mark.shows("tunnel", 1)
 @given(packets(), st.data())
 def test_a_damaged_packet_never_raises(packet: Packet, data: st.DataObject) -> None:
     raw = bytearray(packet.data)
@@ -108,7 +108,7 @@ def test_icmp_belongs_to_its_family_and_has_eight_bytes() -> None:
         build_icmp(A4, B4, 8, 0, b"abc")
 
 
-@pytest.mark.shows(6)
+@pytest.mark.shows("tunnel", 6)
 @pytest.mark.parametrize("flags", [0x2000, 0x0001, 0x1FFF, 0x6000])
 def test_ipv4_fragments_are_refused(flags: int) -> None:
     assert Packet.parse_untrusted(with_bytes(build_udp(A4, B4, 1, 2), 6, pack("!H", flags))) is FRAGMENTED
@@ -129,7 +129,7 @@ def v6_with_headers(*headers: tuple[int, bytes], then: int, l4: bytes) -> bytes:
 UDP_BYTES = pack("!HHHH", 7, 9, 8, 1)
 
 
-@pytest.mark.shows(6)
+@pytest.mark.shows("tunnel", 6)
 def test_ipv6_fragments() -> None:
     for offset_and_flags in (0x0001, 0x0008, 0xFFF8):
         rest = b"\0" + pack("!HI", offset_and_flags, 99)

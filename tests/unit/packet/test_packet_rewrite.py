@@ -22,7 +22,7 @@ changes = st.lists(
 )
 
 
-@pytest.mark.shows(1)
+@pytest.mark.shows("tunnel", 1)
 @given(packets(), changes)
 def test_any_sequence_of_rewrites_keeps_checksums_and_reads_back(
     packet: Packet, steps: list[tuple[str, int | bytes]]
@@ -52,7 +52,7 @@ def test_verify_agrees_with_the_independent_sum(packet: Packet, data: st.DataObj
         assert bool(verify_checksums(damaged)) == bool(wrong_checksums(damaged))
 
 
-@pytest.mark.shows(1)
+@pytest.mark.shows("tunnel", 1)
 @pytest.mark.parametrize(("src", "dst"), [(A4, B4), (A6, B6)])
 def test_a_udp_checksum_of_zero_stays_zero(src: bytes, dst: bytes) -> None:
     raw = bytearray(build_udp(src, dst, 1, 2, b"abc").data)
@@ -102,7 +102,7 @@ def test_the_other_family_is_the_callers_mistake() -> None:
         build_udp(A6, B6, 1, 2).set_dst_port(65536)
 
 
-@pytest.mark.shows(3)
+@pytest.mark.shows("tunnel", 3)
 @pytest.mark.parametrize(("src", "dst"), [(A4, B4), (A6, B6)])
 @pytest.mark.parametrize("inner", range(4))
 @pytest.mark.parametrize("outer", range(4))

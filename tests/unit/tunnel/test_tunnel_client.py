@@ -1,6 +1,6 @@
 """The client's side: what it asks of the portal, where packets go, what it believes of gateways.
 
-`shows` marks name items of spec/tunnel.md §23.
+`shows` marks name items of the lists in spec/.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_iceless_connections_are_not_offered() -> None:
 # TUN to network
 
 
-@pytest.mark.shows(19)
+@pytest.mark.shows("tunnel", 19)
 def test_packets_to_ourselves_ask_for_nothing() -> None:
     """spec/tunnel.md §23 item 19."""
     client = Client(cidr(1, "0.0.0.0/0"), cidr(2, "::/0"))
@@ -61,7 +61,7 @@ def test_packets_to_ourselves_ask_for_nothing() -> None:
     assert client.asked() == []
 
 
-@pytest.mark.shows(20)
+@pytest.mark.shows("tunnel", 20)
 def test_strange_sources_and_multicast() -> None:
     """spec/tunnel.md §23 item 20."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -79,8 +79,8 @@ def test_nothing_is_routed_before_init() -> None:
     assert error.reason is DropReason.NOT_CONFIGURED
 
 
-@pytest.mark.shows(39)
-@pytest.mark.shows(53)
+@pytest.mark.shows("tunnel", 39)
+@pytest.mark.shows("tunnel", 53)
 def test_the_hosts_word_on_late_answers_stays_here() -> None:
     """The kernel answers a reply to a closed socket with an ICMP error; it neither leaves nor asks for anything."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -99,7 +99,7 @@ def test_traffic_to_unassigned_sentinels_is_swallowed() -> None:
     assert client.asked() == []
 
 
-@pytest.mark.shows(17)
+@pytest.mark.shows("tunnel", 17)
 def test_the_internet_resource_takes_what_is_left_over_but_no_peer() -> None:
     """spec/tunnel.md §23 item 17."""
     client = Client(InternetResource(uuid(5), sites=(SITE,)), cidr(1, "10.0.0.0/8"))
@@ -112,7 +112,7 @@ def test_the_internet_resource_takes_what_is_left_over_but_no_peer() -> None:
     assert client.asked() == [uuid(5), uuid(1)]
 
 
-@pytest.mark.shows(21)
+@pytest.mark.shows("tunnel", 21)
 def test_one_request_then_again_after_two_seconds_of_silence() -> None:
     """spec/tunnel.md §23 item 21."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -124,7 +124,7 @@ def test_one_request_then_again_after_two_seconds_of_silence() -> None:
     assert asked == [1, 0, 1, 0, 1]
 
 
-@pytest.mark.shows(22)
+@pytest.mark.shows("tunnel", 22)
 def test_resources_of_one_site_are_requested_separately() -> None:
     """spec/tunnel.md §23 item 22."""
     client = Client(cidr(1, "10.0.0.0/8"), cidr(2, "192.0.2.0/24"))
@@ -134,7 +134,7 @@ def test_resources_of_one_site_are_requested_separately() -> None:
     assert client.asked() == [uuid(1), uuid(2)]
 
 
-@pytest.mark.shows(14, 23)
+@pytest.mark.shows("tunnel", 14, 23)
 def test_what_filters_deny_is_refused_here_and_asks_for_nothing() -> None:
     """spec/tunnel.md §23 items 14 and 23: exact bytes of the answer."""
     client = Client(cidr(1, "10.0.0.0/8", Filter("icmp")))
@@ -161,7 +161,7 @@ def test_the_same_for_ipv6() -> None:
     assert verify_checksums(answer) == ()
 
 
-@pytest.mark.shows(14)
+@pytest.mark.shows("tunnel", 14)
 def test_the_broader_resource_that_allows_wins() -> None:
     """spec/tunnel.md §23 item 14."""
     client = Client(cidr(1, "10.0.0.0/8", Filter("tcp", 443, 443)), cidr(2, "10.0.0.0/24", Filter("udp", 80, 80)))
@@ -198,7 +198,7 @@ def grant(resource_id: str, gateway: int = 40) -> c.AuthorizationCreated:
     )  # fmt: skip
 
 
-@pytest.mark.shows(28)
+@pytest.mark.shows("tunnel", 28)
 def test_an_answer_nobody_waits_for_makes_no_connection() -> None:
     """spec/tunnel.md §23 item 28."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -261,7 +261,7 @@ def test_messages_about_strangers_change_nothing(message: Any) -> None:
 # candidates while the portal is away
 
 
-@pytest.mark.shows(35)
+@pytest.mark.shows("tunnel", 35)
 def test_candidates_wait_for_the_portal_and_cancel_out() -> None:
     """spec/tunnel.md §23 item 35."""
     client = Client()
@@ -315,7 +315,7 @@ def from_gateway(system: System, packet: Packet) -> DropReason | None:
     return errors[0].reason if errors else None
 
 
-@pytest.mark.shows(26)
+@pytest.mark.shows("tunnel", 26)
 def test_packets_of_one_resource_go_out_in_order_after_authorization() -> None:
     """spec/tunnel.md §23 item 26: at most 128 wait, the oldest are lost."""
     system = System(3)
@@ -325,7 +325,7 @@ def test_packets_of_one_resource_go_out_in_order_after_authorization() -> None:
     assert system.answers == [b"%03d" % n for n in range(72, 200)]
 
 
-@pytest.mark.shows(25)
+@pytest.mark.shows("tunnel", 25)
 def test_a_retransmitted_syn_is_sent_once() -> None:
     """spec/tunnel.md §23 item 25."""
     system = System(3)
@@ -337,7 +337,7 @@ def test_a_retransmitted_syn_is_sent_once() -> None:
     assert [p.payload for p in system.gateway.packets] == [b"new"]
 
 
-@pytest.mark.shows(27)
+@pytest.mark.shows("tunnel", 27)
 def test_preferred_gateways() -> None:
     """spec/tunnel.md §23 item 27."""
     other = cidr(2, "192.0.2.0/24")
@@ -384,7 +384,7 @@ def test_ecn_of_the_path_reaches_the_inner_packet() -> None:
         assert verify_checksums(system.client.packets[-1]) == ()
 
 
-@pytest.mark.shows(9)
+@pytest.mark.shows("tunnel", 9)
 def test_control_packets_never_reach_the_device() -> None:
     """spec/tunnel.md §23 item 9."""
     system = connected()

@@ -1,6 +1,6 @@
 """Resources of a client and the configuration that follows from them (spec/tunnel.md §4, §13).
 
-`shows` marks name items of spec/tunnel.md §23.
+`shows` marks name items of the lists in spec/.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def config_routes(client: Client) -> list[set[Any]]:
 # routes and configuration
 
 
-@pytest.mark.shows(18)
+@pytest.mark.shows("tunnel", 18)
 def test_routes_follow_the_resources() -> None:
     """spec/tunnel.md §23 item 18."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -74,7 +74,7 @@ def test_default_routes_only_while_the_internet_resource_is_present_and_on() -> 
     assert client.send("1.1.1.1") is DropReason.UNKNOWN_RESOURCE
 
 
-@pytest.mark.shows(29)
+@pytest.mark.shows("tunnel", 29)
 def test_only_the_last_state_of_the_configuration_is_seen() -> None:
     """spec/tunnel.md §23 item 29."""
     client = Client(cidr(1, "10.0.0.0/8"))
@@ -91,7 +91,7 @@ def test_only_the_last_state_of_the_configuration_is_seen() -> None:
 # resources
 
 
-@pytest.mark.shows(34)
+@pytest.mark.shows("tunnel", 34)
 def test_a_new_name_changes_nothing_but_the_name() -> None:
     """spec/tunnel.md §4 upsert; §23 item 34."""
     client = Client(cidr(1, "10.0.0.0/8", Filter("tcp", 80, 80), Filter("icmp")))

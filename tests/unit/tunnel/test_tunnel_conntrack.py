@@ -31,7 +31,7 @@ def packet(kind: str, src: bytes, dst: bytes, src_port: int, dst_port: int) -> P
     return build_echo(src, dst, src_port, reply=kind == "reply")
 
 
-@pytest.mark.shows(64)
+@pytest.mark.shows("tunnel", 64)
 @pytest.mark.parametrize("v6", [False, True])
 def test_only_the_reply_to_our_flow_is_a_reply(v6: bool) -> None:
     flows = ConnTrack()
@@ -45,7 +45,7 @@ def test_only_the_reply_to_our_flow_is_a_reply(v6: bool) -> None:
     assert not flows.is_peer_opened(ours(v6=v6), 1.0)
 
 
-@pytest.mark.shows(68)
+@pytest.mark.shows("tunnel", 68)
 def test_our_reply_does_not_make_a_peers_flow_ours() -> None:
     flows = ConnTrack()
     flows.handle_inbound(theirs(), 0.0)
@@ -55,7 +55,7 @@ def test_our_reply_does_not_make_a_peers_flow_ours() -> None:
     assert flows.is_peer_opened(ours(), 2.0)
 
 
-@pytest.mark.shows(68)
+@pytest.mark.shows("tunnel", 68)
 @pytest.mark.parametrize("v6", [False, True])
 def test_echo_replies_match_by_identifier(v6: bool) -> None:
     flows = ConnTrack()
@@ -64,7 +64,7 @@ def test_echo_replies_match_by_identifier(v6: bool) -> None:
     assert not flows.is_reply(theirs(8, kind="reply", v6=v6), 1.0)
 
 
-@pytest.mark.shows(68)
+@pytest.mark.shows("tunnel", 68)
 @pytest.mark.parametrize(("kind", "ttl"), [("udp", 120.0), ("reply", 120.0), ("tcp", 7440.0)])
 @pytest.mark.parametrize("opener", ["us", "peer"])
 @pytest.mark.parametrize("refreshed_by", ["us", "peer", None])
@@ -97,7 +97,7 @@ def test_a_flow_that_lapsed_may_be_opened_by_the_other_side() -> None:
     assert not flows.is_peer_opened(ours(), 121.0)
 
 
-@pytest.mark.shows(68)
+@pytest.mark.shows("tunnel", 68)
 def test_a_flow_of_ours_that_lapsed_unseen_stays_the_peers() -> None:
     flows = ConnTrack()
     flows.handle_outbound(ours(), 0.0)
@@ -111,7 +111,7 @@ def error_about(quoted: Packet) -> Packet:
     return build_icmp_unreachable(quoted)
 
 
-@pytest.mark.shows(67)
+@pytest.mark.shows("tunnel", 67)
 @pytest.mark.parametrize("v6", [False, True])
 def test_errors_need_a_known_flow_and_the_right_sender(v6: bool) -> None:
     flows = ConnTrack()
@@ -128,7 +128,7 @@ def test_errors_need_a_known_flow_and_the_right_sender(v6: bool) -> None:
     assert not flows.may_accept_error(about_ours, 120.0)
 
 
-@pytest.mark.shows(67)
+@pytest.mark.shows("tunnel", 67)
 def test_errors_about_answers_within_a_flow() -> None:
     flows = ConnTrack()
     flows.handle_outbound(ours(), 0.0)

@@ -36,7 +36,7 @@ def udp(start: int, end: int | None = None) -> Filter:
 ICMP_FILTER = Filter("icmp")
 
 
-@pytest.mark.shows(10)
+@pytest.mark.shows("tunnel", 10)
 @pytest.mark.parametrize("protocol", [TCP, UDP, ICMP, ICMPV6, GRE])
 def test_an_empty_filter_list_allows_everything(protocol: int) -> None:
     assert FilterSet(()).allows(protocol, 12345)
@@ -51,7 +51,7 @@ def test_a_range_is_of_one_protocol_and_inclusive() -> None:
     assert not FilterSet([udp(53)]).allows(TCP, 53)
 
 
-@pytest.mark.shows(11)
+@pytest.mark.shows("tunnel", 11)
 def test_icmp_allows_every_type_of_both_families_and_nothing_else() -> None:
     filters = FilterSet([ICMP_FILTER])
     assert filters.allows(ICMP, 77)
@@ -76,7 +76,7 @@ def chosen(routes: RoutingTable, ip: str, protocol: int, port: int) -> tuple[str
     return None if verdict is None else (verdict.route.resource_id, verdict.allowed)
 
 
-@pytest.mark.shows(12)
+@pytest.mark.shows("tunnel", 12)
 def test_the_longer_prefix_wins_and_strangers_have_no_route() -> None:
     routes = table(("10.0.0.0/8", "wide", []), ("10.1.0.0/16", "narrow", []))
     assert chosen(routes, "10.1.2.3", TCP, 80) == ("narrow", True)
@@ -84,7 +84,7 @@ def test_the_longer_prefix_wins_and_strangers_have_no_route() -> None:
     assert chosen(routes, "11.0.0.1", TCP, 80) is None
 
 
-@pytest.mark.shows(13)
+@pytest.mark.shows("tunnel", 13)
 def test_of_equal_networks_the_allowing_one_wins_else_the_higher_id() -> None:
     routes = table(("10.0.0.0/24", "a", [tcp(443)]), ("10.0.0.0/24", "b", [tcp(80)]))
     assert chosen(routes, "10.0.0.1", TCP, 443) == ("a", True)
@@ -92,7 +92,7 @@ def test_of_equal_networks_the_allowing_one_wins_else_the_higher_id() -> None:
     assert chosen(routes, "10.0.0.1", TCP, 22) == ("b", False)
 
 
-@pytest.mark.shows(14)
+@pytest.mark.shows("tunnel", 14)
 def test_an_allowing_wide_network_beats_a_denying_narrow_one() -> None:
     routes = table(("10.0.0.0/8", "wide", [ICMP_FILTER]), ("10.1.0.0/16", "narrow", [udp(80)]))
     assert chosen(routes, "10.1.0.1", ICMP, 7) == ("wide", True)
@@ -106,7 +106,7 @@ def test_families_do_not_mix() -> None:
     assert chosen(routes, "2001:db8::1", UDP, 1) == ("six", True)
 
 
-@pytest.mark.shows(16)
+@pytest.mark.shows("tunnel", 16)
 def test_cached_answers_disappear_with_any_change() -> None:
     routes = table(("10.0.0.0/8", "wide", []))
     assert chosen(routes, "10.1.0.1", TCP, 80) == ("wide", True)

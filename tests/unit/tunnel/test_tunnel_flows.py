@@ -96,7 +96,7 @@ def counts(reports: list[dict[str, Any]]) -> list[tuple[int, int]]:
 # records
 
 
-@pytest.mark.shows(90)
+@pytest.mark.shows("tunnel", 90)
 def test_a_request_and_its_reply_are_one_flow() -> None:
     talk = Talk("udp")
     talk.tx(payload=b"question")
@@ -131,7 +131,7 @@ def test_a_request_and_its_reply_are_one_flow() -> None:
     }
 
 
-@pytest.mark.shows(90)
+@pytest.mark.shows("tunnel", 90)
 def test_a_relayed_path_has_no_source() -> None:
     talk = Talk("udp", RELAYED)
     talk.tx()
@@ -180,7 +180,7 @@ def test_what_another_client_opened_is_told_from_its_side() -> None:
 # starts and splits
 
 
-@pytest.mark.shows(91)
+@pytest.mark.shows("tunnel", 91)
 @pytest.mark.parametrize(
     ("talked", "expected"),
     [
@@ -204,7 +204,7 @@ def test_a_syn_after_more_than_syns_is_another_flow(talked: str, expected: list[
     assert counts(talk.end()) == expected
 
 
-@pytest.mark.shows(92)
+@pytest.mark.shows("tunnel", 92)
 @pytest.mark.parametrize("flags", [ACK, FIN, FIN | ACK, RST, RST | ACK, SYN | FIN, SYN | RST])
 def test_the_tail_of_an_unseen_connection_is_no_flow(flags: int) -> None:
     talk = Talk()
@@ -212,7 +212,7 @@ def test_the_tail_of_an_unseen_connection_is_no_flow(flags: int) -> None:
     assert talk.end() == []
 
 
-@pytest.mark.shows(92)
+@pytest.mark.shows("tunnel", 92)
 @pytest.mark.parametrize(("flags", "payload"), [(ACK, b"x"), (PSH | ACK, b"x"), (SYN, b""), (SYN | ACK, b"")])
 def test_what_starts_a_flow(flags: int, payload: bytes) -> None:
     talk = Talk()
@@ -255,7 +255,7 @@ def test_what_is_neither_tcp_nor_udp_is_no_flow() -> None:
 # paths
 
 
-@pytest.mark.shows(92)
+@pytest.mark.shows("tunnel", 92)
 def test_a_new_path_is_stamped_and_the_first_one_kept() -> None:
     talk = Talk("udp", nth_path(1))
     talk.tx()
@@ -276,7 +276,7 @@ def test_a_new_path_is_stamped_and_the_first_one_kept() -> None:
     assert len(talk.starts[0]["outers"]) == 1
 
 
-@pytest.mark.shows(92)
+@pytest.mark.shows("tunnel", 92)
 def test_the_17th_path_is_another_flow() -> None:
     talk = Talk()
     for number in range(17):
@@ -463,7 +463,7 @@ def test_counters_add_up_to_what_was_sent(data: st.DataObject) -> None:
         assert (start.protocol, start.inner_src, start.inner_dst) == (end.protocol, end.inner_src, end.inner_dst)
 
 
-@pytest.mark.shows(93)
+@pytest.mark.shows("tunnel", 93)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 63), st.integers(0, 20), st.floats(0, 130)), max_size=40))
 def test_every_record_conforms_to_the_schema(steps: list[tuple[bool, int, int, float]]) -> None:
     talk = Talk()  # asserts conformance of each record
@@ -478,7 +478,7 @@ def test_every_record_conforms_to_the_schema(steps: list[tuple[bool, int, int, f
 # tokens
 
 
-@pytest.mark.shows(93)
+@pytest.mark.shows("tunnel", 93)
 def test_tokens_that_count() -> None:
     plain = a_token()
     assert plain.claims["policy_authorization_id"] == AUTHORIZATION
@@ -488,7 +488,7 @@ def test_tokens_that_count() -> None:
     assert "future_claim" not in full.claims
 
 
-@pytest.mark.shows(93)
+@pytest.mark.shows("tunnel", 93)
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,6 +1,6 @@
 """The gateway's side: who may reach what, for how long, and what a refusal looks like.
 
-`shows` marks name items of spec/tunnel.md §23.
+`shows` marks name items of the lists in spec/.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tests.sim.system import EPOCH, Scenario, System
 # which packets pass
 
 
-@pytest.mark.shows(71)
+@pytest.mark.shows("tunnel", 71)
 def test_filters_and_prefixes_decide() -> None:
     """spec/tunnel.md §23 item 71, in both directions."""
     access = Access(cidr(1, "10.0.0.0/8", Filter(TCP, 80, 90)), cidr(2, "10.1.0.0/16", Filter(UDP, 53, 53)))
@@ -64,7 +64,7 @@ def test_filters_and_prefixes_decide() -> None:
     assert access.tcp("10.1.0.1", 80) == PASSED
 
 
-@pytest.mark.shows(71)
+@pytest.mark.shows("tunnel", 71)
 def test_random_resources_against_a_simple_reading_of_the_rules() -> None:
     """spec/tunnel.md §23 item 71."""
     random = Random(7)
@@ -100,7 +100,7 @@ def test_both_families() -> None:
     assert access.answer("2001:db8::1") is None
 
 
-@pytest.mark.shows(74)
+@pytest.mark.shows("tunnel", 74)
 def test_the_gateways_own_address_needs_no_grant() -> None:
     """spec/tunnel.md §23 item 74."""
     access = Access(cidr(1, "10.0.0.0/24"))
@@ -125,7 +125,7 @@ def test_multicast_is_ignored() -> None:
     assert access.state.drops[DropReason.MULTICAST] == 2
 
 
-@pytest.mark.shows(78)
+@pytest.mark.shows("tunnel", 78)
 def test_errors_sent_by_a_client_are_refused() -> None:
     """spec/tunnel.md §23 item 78."""
     access = Access(cidr(1, "10.0.0.0/24"))
@@ -169,7 +169,7 @@ def test_strange_packets_from_tun() -> None:
 # the internet resource
 
 
-@pytest.mark.shows(76)
+@pytest.mark.shows("tunnel", 76)
 def test_the_internet_resource() -> None:
     """spec/tunnel.md §23 item 76."""
     access = Access(InternetResource(uuid(9)), cidr(1, "10.0.0.0/24"))
@@ -191,7 +191,7 @@ def test_the_internet_resource() -> None:
     assert access.udp("10.0.0.1") == PASSED
 
 
-@pytest.mark.shows(77)
+@pytest.mark.shows("tunnel", 77)
 def test_clients_do_not_reach_each_other() -> None:
     """spec/tunnel.md §23 item 77."""
     access = Access(InternetResource(uuid(9)), clients=2)
@@ -258,7 +258,7 @@ def test_updated_filters_apply_to_every_client_that_has_the_resource() -> None:
         assert access.give(build_udp(own, packed("10.0.0.1"), 1, 81, b""), client) == PASSED
 
 
-@pytest.mark.shows(72)
+@pytest.mark.shows("tunnel", 72)
 def test_each_grant_expires_on_its_own() -> None:
     """spec/tunnel.md §23 item 72."""
     access = Access()
@@ -276,7 +276,7 @@ def test_each_grant_expires_on_its_own() -> None:
     assert access.answer("10.0.0.1") is DropReason.NO_PEER_STATE
 
 
-@pytest.mark.shows(73)
+@pytest.mark.shows("tunnel", 73)
 def test_a_past_expiry_holds_until_the_next_tick() -> None:
     """spec/tunnel.md §23 item 73."""
     access = Access(cidr(1, "10.0.0.0/24"), cidr(2, "10.0.1.0/24"))
@@ -341,7 +341,7 @@ def test_reject_access_of_the_last_resource_says_goodbye() -> None:
     assert access.state.poll_timeout() is not None  # relays
 
 
-@pytest.mark.shows(79, 80)
+@pytest.mark.shows("tunnel", 79, 80)
 def test_init_takes_away_what_it_does_not_list() -> None:
     """spec/tunnel.md §23 items 79 and 80."""
     access = Access(cidr(1, "10.0.0.0/24"), cidr(2, "10.0.1.0/24"), clients=2)
@@ -488,7 +488,7 @@ def test_proxies_outside_their_range_are_no_way_around_the_list() -> None:
     assert access.give(control.AssignedIps(uuid(3), "a.example.com", ()).build()) is DropReason.BAD_CONTROL
 
 
-@pytest.mark.shows(75)
+@pytest.mark.shows("tunnel", 75)
 def test_a_name_and_a_network_do_not_open_each_other() -> None:
     access = Access(
         DnsResource(uuid(3), "*.example.com", "dns", (Filter(TCP, 80, 80),)),
@@ -505,7 +505,7 @@ def test_a_name_and_a_network_do_not_open_each_other() -> None:
     assert [(p.dst, p.dst_port) for p in access.system.gateway.packets[before:]] == [(packed("10.20.0.80"), 80)]
 
 
-@pytest.mark.shows(76)
+@pytest.mark.shows("tunnel", 76)
 def test_the_internet_resource_does_not_widen_a_names_filter() -> None:
     access = Access(InternetResource(uuid(5)), DnsResource(uuid(3), "*.example.com", "dns", (Filter(TCP, 80, 80),)))
     access.system.gateway.zone = {"a.example.com": ("10.20.0.80",)}

@@ -32,7 +32,7 @@ def packet(payload: bytes = b"x") -> object:
     return build_udp(OWN, PROXY, 1, 2, payload)
 
 
-@pytest.mark.shows(61)
+@pytest.mark.shows("tunnel", 61)
 def test_packets_wait_for_the_answer_and_leave_unchanged() -> None:
     setups, entry = NameSetups(), entry_for()
     may_go, announced = setups.handle_packet(key(), entry, packet(b"1"), 0.0)
@@ -46,7 +46,7 @@ def test_packets_wait_for_the_answer_and_leave_unchanged() -> None:
     assert setups.handle_packet(key(), entry, packet(b"3"), 0.2) == (True, None)
 
 
-@pytest.mark.shows(61)
+@pytest.mark.shows("tunnel", 61)
 def test_a_refused_name_loses_what_waited_and_is_tried_again_when_queried() -> None:
     setups, entry = NameSetups(), entry_for()
     setups.handle_packet(key(), entry, packet(), 0.0)
@@ -58,7 +58,7 @@ def test_a_refused_name_loses_what_waited_and_is_tried_again_when_queried() -> N
     assert setups.handle_packet(key(), entry, packet(), 100.1) == (False, None)
 
 
-@pytest.mark.shows(62)
+@pytest.mark.shows("tunnel", 62)
 def test_a_confirmed_name_is_renewed_without_holding_packets_back() -> None:
     setups, entry = NameSetups(), entry_for()
     setups.update(key(), entry, 0.0)
@@ -70,7 +70,7 @@ def test_a_confirmed_name_is_renewed_without_holding_packets_back() -> None:
     assert setups.handle_packet(key(), entry, packet(), 1.1) == (True, None)
 
 
-@pytest.mark.shows(63)
+@pytest.mark.shows("tunnel", 63)
 def test_repeats_after_two_seconds_by_update_or_packet_and_not_before() -> None:
     setups, entry = NameSetups(), entry_for()
     assert setups.update(key(), entry, 0.0) is not None
@@ -81,7 +81,7 @@ def test_repeats_after_two_seconds_by_update_or_packet_and_not_before() -> None:
     assert setups.handle_packet(key(), entry, packet(), 4.0)[1] is not None
 
 
-@pytest.mark.shows(7, 63)
+@pytest.mark.shows("tunnel", 7, 63)
 def test_resources_that_share_a_name_are_set_up_each_with_their_families() -> None:
     setups, entry = NameSetups(), entry_for(("r", "ipv4_only"), ("s", "dual"))
     first, second = setups.update(key("r"), entry, 0.0), setups.update(key("s"), entry, 0.0)
@@ -140,7 +140,7 @@ def real(proxies: Proxies, ip: bytes) -> str | None:
     return None if address is None else str(ip_address(address))
 
 
-@pytest.mark.shows(88)
+@pytest.mark.shows("tunnel", 88)
 def test_addresses_are_paired_in_order_and_repeat() -> None:
     proxies = Proxies()
     assert not proxies.assign("r", "a", V4, addresses("10.0.0.2", "10.0.0.1"), mix=False)
@@ -149,7 +149,7 @@ def test_addresses_are_paired_in_order_and_repeat() -> None:
     assert [real(proxies, ip) for ip in V4] == [f"10.0.0.{n}" for n in range(1, 5)]
 
 
-@pytest.mark.shows(86)
+@pytest.mark.shows("tunnel", 86)
 def test_a_missing_family_leads_nowhere_or_to_the_other() -> None:
     proxies = Proxies()
     proxies.assign("r", "a", V4 + V6, addresses("10.0.0.1"), mix=False)
@@ -161,7 +161,7 @@ def test_a_missing_family_leads_nowhere_or_to_the_other() -> None:
     assert {real(proxies, ip) for ip in V4 + V6} == {None}
 
 
-@pytest.mark.shows(85)
+@pytest.mark.shows("tunnel", 85)
 def test_an_address_of_another_name_clears_everything() -> None:
     proxies = Proxies()
     proxies.assign("r", "a", V4, addresses("10.0.0.1"), mix=False)
@@ -170,7 +170,7 @@ def test_an_address_of_another_name_clears_everything() -> None:
     assert [proxies.get(ip) is not None for ip in (V4[0], V4[1], V6[0])] == [True, False, False]
 
 
-@pytest.mark.shows(87)
+@pytest.mark.shows("tunnel", 87)
 def test_resources_gather_at_an_address() -> None:
     proxies = Proxies()
     proxies.assign("r", "a", V4, addresses("10.0.0.1"), mix=False)

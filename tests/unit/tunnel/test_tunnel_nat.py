@@ -89,7 +89,7 @@ ports = st.integers(0, 65535)
 flows = st.tuples(kinds, st.sampled_from(PROXIES), ports)
 
 
-@pytest.mark.shows(81)
+@pytest.mark.shows("tunnel", 81)
 @given(st.lists(st.tuples(flows, st.sampled_from(REALS)), min_size=1, max_size=20, unique_by=lambda f: f[0]))
 def test_answers_return_to_their_flow_and_flows_do_not_mix(wanted: list[tuple[tuple[str, bytes, int], bytes]]) -> None:
     nat = NatTable(CLIENT)
@@ -131,14 +131,14 @@ def test_the_same_family_is_rewritten_in_place() -> None:
     assert nat.translate_incoming(answer, 0.0) is answer
 
 
-@pytest.mark.shows(88)
+@pytest.mark.shows("tunnel", 88)
 def test_a_session_keeps_its_real_address() -> None:
     nat = NatTable(CLIENT)
     assert sent(nat, to_proxy("udp", PROXY4, 5000), REALS[0]).dst == REALS[0]
     assert sent(nat, to_proxy("udp", PROXY4, 5000), REALS[0], 100.0).dst == REALS[0]
 
 
-@pytest.mark.shows(84)
+@pytest.mark.shows("tunnel", 84)
 @pytest.mark.parametrize("new", REALS[1:])
 def test_another_real_address_is_for_new_sessions_only(new: bytes) -> None:
     nat = NatTable(CLIENT)
@@ -150,7 +150,7 @@ def test_another_real_address_is_for_new_sessions_only(new: bytes) -> None:
     assert received(nat, answer_to(fresh)).dst_port == 5001
 
 
-@pytest.mark.shows(85)
+@pytest.mark.shows("tunnel", 85)
 def test_clearing_forgets_everything() -> None:
     nat = NatTable(CLIENT)
     live = sent(nat, to_proxy("udp", PROXY4, 5000), REALS[0])
@@ -203,7 +203,7 @@ def test_next_free_is_the_smallest_number_missing(taken: set[int], wanted: int) 
 # -- lifetimes
 
 
-@pytest.mark.shows(82)
+@pytest.mark.shows("tunnel", 82)
 @pytest.mark.parametrize("real", [REAL4, REAL6])
 @pytest.mark.parametrize(("kind", "ttl"), [("udp", 120), ("echo", 120), ("tcp", 7440)])
 def test_an_answered_session_ends_when_idle(kind: str, ttl: int, real: bytes) -> None:
@@ -220,7 +220,7 @@ def test_an_answered_session_ends_when_idle(kind: str, ttl: int, real: bytes) ->
     assert nat.poll_timeout() is None
 
 
-@pytest.mark.shows(83)
+@pytest.mark.shows("tunnel", 83)
 def test_a_udp_answer_after_30_seconds_passes_and_120_later_has_expired() -> None:
     nat = NatTable(CLIENT)
     packet = sent(nat, to_proxy("udp", PROXY4, 5000), REAL4)
@@ -245,7 +245,7 @@ def test_an_unanswered_session_ends_a_minute_after_the_last_question(kind: str) 
 
 
 @pytest.mark.parametrize("who", ["client", "resource"])
-@pytest.mark.shows(82)
+@pytest.mark.shows("tunnel", 82)
 def test_a_reset_ends_the_session_at_the_next_tick(who: str) -> None:
     nat = NatTable(CLIENT)
     packet = sent(nat, to_proxy("tcp", PROXY4, 5000, flags=SYN), REAL4)
@@ -365,7 +365,7 @@ V4_ERRORS = [(3, 0), (3, 1), (3, 3), (3, 4), (3, 13), (3, 200), (11, 0)]
 V6_ERRORS = [(1, 0), (1, 1), (1, 3), (1, 4), (1, 77), (2, 0), (3, 0)]
 
 
-@pytest.mark.shows(89)
+@pytest.mark.shows("tunnel", 89)
 @pytest.mark.parametrize("kind", ["udp", "tcp", "echo"])
 @pytest.mark.parametrize(
     ("proxy", "real", "icmp"),
@@ -385,7 +385,7 @@ def test_errors_quote_the_clients_own_packet(kind: str, proxy: bytes, real: byte
     assert error.quote == to_proxy(kind, proxy, 5000).data
 
 
-@pytest.mark.shows(89)
+@pytest.mark.shows("tunnel", 89)
 @pytest.mark.parametrize("kind", ["udp", "tcp", "echo"])
 @pytest.mark.parametrize(
     ("proxy", "real", "icmp", "told"),

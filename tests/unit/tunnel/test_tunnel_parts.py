@@ -72,7 +72,7 @@ def test_resources_are_requested_independently() -> None:
     assert not pending.trigger(b, 1.3)
 
 
-@pytest.mark.shows(22, 24)
+@pytest.mark.shows("tunnel", 22, 24)
 def test_devices_are_requested_independently_of_their_pool_and_of_each_other() -> None:
     pending = PendingAuthorizations()
     keys = [AccessKey("pool", b"\x64\x40\0\1"), AccessKey("pool", b"\x64\x40\0\2"), AccessKey("other", b"\x64\x40\0\1")]
@@ -203,7 +203,7 @@ def test_garbage_is_no_event_and_an_unknown_status_is_inactive() -> None:
     assert odd == control.DomainStatus("r", "x", active=False)
 
 
-@pytest.mark.shows(8)
+@pytest.mark.shows("tunnel", 8)
 def test_a_status_never_heard_of_is_inactive() -> None:
     for text, active in (("Active", True), ("Inactive", False), ("active", False), ("Pending", False), ("", False)):
         body = json.dumps({"resource": "r", "domain": "a.example", "status": text, "new": 1}).encode()

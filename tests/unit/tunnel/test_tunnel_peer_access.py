@@ -73,7 +73,7 @@ def test_without_grants_nothing_may_begin() -> None:
     assert len(host.flows) == 0
 
 
-@pytest.mark.shows(10)
+@pytest.mark.shows("tunnel", 10)
 @pytest.mark.parametrize("protocol", [TCP, UDP, ICMP, ICMPV6, GRE])
 def test_a_grant_without_filters_opens_everything(protocol: int) -> None:
     host = granted(SSH)
@@ -83,7 +83,7 @@ def test_a_grant_without_filters_opens_everything(protocol: int) -> None:
     assert host.access.allows(protocol, -1)
 
 
-@pytest.mark.shows(11)
+@pytest.mark.shows("tunnel", 11)
 def test_other_icmp_passes_with_icmp() -> None:
     timestamp = build_icmp(PEER[0], OWN[0], 13, 0, bytes(16))
     assert granted(SSH, DNS).inbound(timestamp) is PROHIBITED
@@ -100,7 +100,7 @@ def test_grants_add_up() -> None:
     assert host.access.resource_ids == {LOW, HIGH}
 
 
-@pytest.mark.shows(64)
+@pytest.mark.shows("tunnel", 64)
 @pytest.mark.parametrize("family", [0, 1])
 def test_the_reply_to_our_flow_needs_no_grant(family: int) -> None:
     host = Host()
@@ -110,7 +110,7 @@ def test_the_reply_to_our_flow_needs_no_grant(family: int) -> None:
     assert host.inbound(udp_in(443, 5000, 1 - family)) is PROHIBITED
 
 
-@pytest.mark.shows(65)
+@pytest.mark.shows("tunnel", 65)
 @pytest.mark.parametrize("end", ["revoke", "expire", "deadline", "past", "resync", "filters"])
 def test_what_ends_access_ends_the_peers_flows(end: str) -> None:
     host = granted(DNS, expires_at=60.0)
@@ -135,7 +135,7 @@ def test_what_ends_access_ends_the_peers_flows(end: str) -> None:
     assert host.outbound(udp_out(), now) is ROUTE
 
 
-@pytest.mark.shows(65)
+@pytest.mark.shows("tunnel", 65)
 def test_resync_keeps_what_is_listed_with_its_new_expiry() -> None:
     host = granted(DNS, expires_at=60.0)
     host.access.grant(HIGH, [SSH], None)
@@ -162,7 +162,7 @@ def test_expiry_is_per_grant_and_movable() -> None:
     assert not access.update_filters(LOW, [])
 
 
-@pytest.mark.shows(66)
+@pytest.mark.shows("tunnel", 66)
 @pytest.mark.parametrize("family", [0, 1])
 def test_spoofed_source_and_foreign_destination_are_errors(family: int) -> None:
     host = granted()
@@ -176,7 +176,7 @@ def test_spoofed_source_and_foreign_destination_are_errors(family: int) -> None:
     assert len(host.flows) == 0
 
 
-@pytest.mark.shows(67)
+@pytest.mark.shows("tunnel", 67)
 @pytest.mark.parametrize("family", [0, 1])
 def test_errors_are_judged_by_their_quote_not_by_grants(family: int) -> None:
     host = granted()
@@ -202,7 +202,7 @@ def test_other_protocols_are_not_sent_to_peers() -> None:
     assert host.outbound(build_icmp_unreachable(udp_in(9, 9))) is unsupported
 
 
-@pytest.mark.shows(68, 70)
+@pytest.mark.shows("tunnel", 68, 70)
 def test_answers_to_the_peer_need_no_route_and_stay_the_peers() -> None:
     host = granted(DNS)
     assert host.outbound(udp_out()) is ROUTE
@@ -214,7 +214,7 @@ def test_answers_to_the_peer_need_no_route_and_stay_the_peers() -> None:
     assert host.inbound(udp_in(), 201.0) is PROHIBITED
 
 
-@pytest.mark.shows(69)
+@pytest.mark.shows("tunnel", 69)
 def test_attribution_names_the_highest_id_that_allows() -> None:
     access = PeerAccess()
     assert access.attribute(UDP, 53) is None

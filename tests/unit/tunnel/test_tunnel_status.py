@@ -18,7 +18,7 @@ def named(number: int, name: str, *sites: Site) -> DnsResource:
     return DnsResource(f"id-{number}", "*.example", name, (), sites or (ONE,))
 
 
-@pytest.mark.shows(29)
+@pytest.mark.shows("tunnel", 29)
 def test_only_the_last_of_several_values_is_told_and_only_if_it_is_news() -> None:
     latest: Latest[str] = Latest()
     assert latest.take("a") == "a"
@@ -29,7 +29,7 @@ def test_only_the_last_of_several_values_is_told_and_only_if_it_is_news() -> Non
     assert latest.take("a") == "a"
 
 
-@pytest.mark.shows(30)
+@pytest.mark.shows("tunnel", 30)
 def test_a_connected_gateway_makes_its_site_online_and_no_other() -> None:
     sites = Sites()
     sites.assign("g", ONE.id)
@@ -49,7 +49,7 @@ def test_a_second_gateway_keeps_the_site_online() -> None:
     assert sites.status_of([ONE.id]) is ONLINE
 
 
-@pytest.mark.shows(31)
+@pytest.mark.shows("tunnel", 31)
 def test_a_resource_is_offline_only_if_all_its_sites_are() -> None:
     sites = Sites()
     sites.handle_offline([ONE.id], 0.0)
@@ -60,7 +60,7 @@ def test_a_resource_is_offline_only_if_all_its_sites_are() -> None:
     assert sites.status_of([ONE.id, TWO.id]) is OFFLINE
 
 
-@pytest.mark.shows(32)
+@pytest.mark.shows("tunnel", 32)
 def test_offline_ends_after_300_seconds() -> None:
     sites = Sites()
     sites.handle_offline([ONE.id], 10.0)
@@ -81,7 +81,7 @@ def test_a_connection_ends_offline_at_once() -> None:
     assert sites.poll_timeout() is None
 
 
-@pytest.mark.shows(33)
+@pytest.mark.shows("tunnel", 33)
 def test_the_order_of_the_list() -> None:
     resources = [
         named(1, "😀"), named(2, "b"), named(3, "B"), named(4, "9"), named(5, "*.x"),
@@ -98,7 +98,7 @@ def test_the_order_of_the_list() -> None:
     assert [v.type for v in views][:2] == ["internet", "dns"]
 
 
-@pytest.mark.shows(34)
+@pytest.mark.shows("tunnel", 34)
 def test_renaming_a_site_changes_nothing_but_the_name() -> None:
     sites = Sites()
     sites.assign("g", ONE.id)
