@@ -14,35 +14,34 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 LAST_ITEM = {"tunnel": 96, "connectivity": 54, "io": 51}
-# Must be exact: whoever shows an item takes it out.
-NOT_YET: dict[str, set[int]] = {
-    "tunnel": set(),
-    # fmt: off
-    "connectivity": {
-        1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-        11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
-        21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
-        31, 32, 33, 34, 35, 36, 37, 38, 39, 40,
-        41, 42, 43, 44, 45, 46, 47, 48, 49, 50,
-        51, 52, 53, 54,
-    },
-    "io": {
-        1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-        11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
-        21, 22, 23, 24, 25, 26, 27, 28, 29, 30,
-        31, 32, 33, 34, 35, 36, 37, 38, 39, 40,
-        41, 42, 43, 44, 45, 46, 47, 48, 49, 50,
-        51,
-    },
-    # fmt: on
+# Must be exact: whoever shows an item takes its number out.
+NOT_YET = {
+    "tunnel": "",
+    "connectivity": """
+        1 2 3 4 5 6 7 8 9 10
+        11 12 13 14 15 16 17 18 19 20
+        21 22 23 24 25 26 27 28 29 30
+        31 32 33 34 35 36 37 38 39 40
+        41 42 43 44 45 46 47 48 49 50
+        51 52 53 54
+    """,
+    "io": """
+        1 2 3 4 5 6 7 8 9 10
+        11 12 13 14 15 16 17 18 19 20
+        21 22 23 24 25 26 27 28 29 30
+        31 32 33 34 35 36 37 38 39 40
+        41 42 43 44 45 46 47 48 49 50
+        51
+    """,
 }
 
 
 @pytest.mark.parametrize("sheet", LAST_ITEM)
 def test_every_item_of_a_list_is_shown(sheet: str) -> None:
     missing = set(range(1, LAST_ITEM[sheet] + 1)) - _shown(sheet)
-    assert not missing - NOT_YET[sheet], "no test shows these"
-    assert not NOT_YET[sheet] - missing, "shown by now: take these out of NOT_YET"
+    not_yet = {int(number) for number in NOT_YET[sheet].split()}
+    assert not missing - not_yet, "no test shows these"
+    assert not not_yet - missing, "shown by now: take these out of NOT_YET"
 
 
 def test_no_mark_names_an_item_that_does_not_exist() -> None:
