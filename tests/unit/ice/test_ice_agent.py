@@ -321,6 +321,7 @@ def test_at_most_a_hundred_pairs_the_best_ones() -> None:
     assert sum(transmit.local == LOCAL for transmit in checked) == 80
 
 
+@pytest.mark.shows("connectivity", 23)
 @pytest.mark.parametrize(
     ("profile", "seconds"),
     [(CLIENT_DEFAULT, 16.5), (CLIENT_IDLE, 100.0), (SERVER_DEFAULT, 615.5), (SERVER_IDLE, 1000.0)],
@@ -338,6 +339,12 @@ def test_time_until_a_silent_peer_is_given_up(profile: TimingProfile, seconds: f
     assert state is IceState.DISCONNECTED
     assert at - first_lost == pytest.approx(seconds, abs=1e-6)
     assert net.a.agent.poll_timeout() is None
+
+
+@pytest.mark.shows("connectivity", 23)
+def test_a_client_gives_a_path_up_before_its_handshake_does() -> None:
+    """The connection fails 2 s after ICE, and WireGuard's attempt would end it at 20 s."""
+    assert CLIENT_DEFAULT.timeout + 2 < 20
 
 
 def test_a_peer_whose_requests_still_arrive_is_not_given_up() -> None:

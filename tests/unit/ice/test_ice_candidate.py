@@ -23,6 +23,7 @@ PUBLIC4 = Address.parse("87.121.72.60:57114")
 PUBLIC6 = Address.parse("[2001:db8::60]:57114")
 
 
+@pytest.mark.shows("connectivity", 30)
 @pytest.mark.parametrize(
     ("candidate", "priority"),
     [
@@ -44,6 +45,7 @@ def test_check_priority() -> None:
     assert Candidate.host(HOST4).check_priority == 1862270719
 
 
+@pytest.mark.shows("connectivity", 30)
 def test_text_of_the_sheet_is_understood() -> None:
     text = (
         "candidate:fffe7f6435be70ddbf995982 1 udp 1686109951 87.121.72.60 57114 typ srflx "
@@ -56,6 +58,7 @@ def test_text_of_the_sheet_is_understood() -> None:
     assert (candidate.priority, candidate.ufrag) == (1686109951, "ab2c")
 
 
+@pytest.mark.shows("connectivity", 30)
 def test_announced_text() -> None:
     relay = Candidate.relay(PUBLIC6, False)
     assert relay.to_sdp("ab2c") == (
@@ -65,6 +68,7 @@ def test_announced_text() -> None:
     assert host.to_sdp() == f"candidate:{host.foundation} 1 udp 2130706175 192.168.1.5 52625 typ host"
 
 
+@pytest.mark.shows("connectivity", 53)
 @pytest.mark.parametrize(("address", "priority"), [(PUBLIC4, 50331391), (PUBLIC6, 50331647)])
 def test_withdrawal_text(address: Address, priority: int) -> None:
     words = Candidate.relay(address).to_invalidation().split()
@@ -72,6 +76,7 @@ def test_withdrawal_text(address: Address, priority: int) -> None:
     assert words[8:] == ["raddr", "0.0.0.0" if address.is_ipv4 else "::", "rport", "0"]
 
 
+@pytest.mark.shows("connectivity", 30)
 @pytest.mark.parametrize(
     "candidate",
     [
@@ -129,6 +134,7 @@ def test_any_text_is_survived(text: str) -> None:
     parse_iceless_untrusted("candidate:" + text)
 
 
+@pytest.mark.shows("connectivity", 30)
 def test_iceless_check_values() -> None:
     loopback, base = Address.parse("127.0.0.1:1234"), Address.parse("192.168.1.5:1234")
     host = to_iceless_sdp(CandidateKind.HOST, loopback)
@@ -147,9 +153,47 @@ def test_iceless_check_values() -> None:
         assert parse_iceless_untrusted(text) == (kind, loopback, expected)
 
 
+@pytest.mark.shows("connectivity", 30)
+@pytest.mark.parametrize(
+    ("kind", "address", "base"),
+    [
+        (CandidateKind.HOST, HOST4, None),
+        (CandidateKind.HOST, HOST6, None),
+        (CandidateKind.SRFLX, PUBLIC4, HOST4),
+        (CandidateKind.SRFLX, PUBLIC6, HOST6),
+        (CandidateKind.RELAY, PUBLIC4, HOST4),
+        (CandidateKind.RELAY, PUBLIC6, HOST6),
+    ],
+)
+def test_iceless_round_trip_keeps_the_base(kind: CandidateKind, address: Address, base: Address | None) -> None:
+    text = to_iceless_sdp(kind, address, base)
+    assert parse_iceless_untrusted(text) == (kind, address, base or address)
+    assert to_iceless_sdp(kind, address, base) == text
+    assert text.removeprefix("candidate:").split()[0].isdigit()
+
+
+@pytest.mark.shows("connectivity", 30)
+def test_the_kinds_rank_as_in_both_dialects() -> None:
+    host, srflx, relay = Candidate.host(HOST4), Candidate.srflx(PUBLIC4, HOST4), Candidate.relay(PUBLIC4)
+    assert host.priority > srflx.priority > relay.priority
+    texts = [
+        to_iceless_sdp(CandidateKind.HOST, HOST4),
+        to_iceless_sdp(CandidateKind.SRFLX, PUBLIC4, HOST4),
+        to_iceless_sdp(CandidateKind.RELAY, PUBLIC4, HOST4),
+    ]
+    priorities = [int(text.split()[3]) for text in texts]
+    assert priorities == sorted(priorities, reverse=True)
+    assert len(set(priorities)) == 3
+    assert [Candidate.host(HOST4).to_sdp("wxyz") for _ in range(2)] == [host.to_sdp("wxyz")] * 2
+
+
+@pytest.mark.shows("connectivity", 30)
 @pytest.mark.parametrize(
     "text",
     [
+        "",
+        "garbage",
+        "candidate:",
         "candidate:1 1 udp 1694498815 1.2.3.4 5 typ srflx",
         "candidate:1 1 tcp 2130706431 1.2.3.4 5 typ host",
         "candidate:1 1 udp 2130706431 1.2.3.4.5 5 typ host",
@@ -171,6 +215,7 @@ def remote(kind: CandidateKind, text: str) -> Candidate:
     return Candidate(kind, address, address, 1, "f")
 
 
+@pytest.mark.shows("connectivity", 24)
 def test_optimistic_candidates() -> None:
     host, srflx = remote(CandidateKind.HOST, "10.0.0.1:52625"), remote(CandidateKind.SRFLX, "1.1.1.1:40000")
     assert [str(c.address) for c in optimistic_candidates([host, srflx])] == ["1.1.1.1:52625"]
@@ -181,6 +226,7 @@ def test_optimistic_candidates() -> None:
     assert [str(c.address) for c in again] == ["3.3.3.3:52625"]
 
 
+@pytest.mark.shows("connectivity", 24)
 def test_no_optimism_for_ipv6() -> None:
     six = [remote(CandidateKind.HOST, "[2001:db8::1]:52625"), remote(CandidateKind.SRFLX, "[2001:db8::1]:4")]
     assert optimistic_candidates(six) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from typing import Any
 
 from fz_core.node import events
@@ -106,6 +108,7 @@ def is_alive(system: System) -> bool:
     return system.world.run_until(lambda: len(system.gateway.packets) > count, 0.5)
 
 
+@pytest.mark.shows("connectivity", 53)
 def test_withdrawal_names_the_candidate_in_the_other_dialect() -> None:
     """spec/connectivity.md §11 item 53."""
     system = system_of()
@@ -127,6 +130,7 @@ def test_withdrawal_names_the_candidate_in_the_other_dialect() -> None:
     assert address not in [c.address for c in connection.agent.local_candidates]
 
 
+@pytest.mark.shows("connectivity", 22)
 def test_late_datagrams_of_a_dropped_relay_are_nobodys() -> None:
     """spec/connectivity.md §2 stage A, §11 item 22."""
     system = system_of()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fz_core.packet import Address
 from fz_core.turn.channels import Channels
 
@@ -19,6 +21,7 @@ def bind(channels: Channels, number: int, now: float) -> int:
     return channel.number
 
 
+@pytest.mark.shows("connectivity", 17, 18)
 def test_the_first_number_and_the_last() -> None:
     channels = Channels()
     numbers = [bind(channels, port, 0.0) for port in range(4096)]
@@ -28,8 +31,12 @@ def test_the_first_number_and_the_last() -> None:
     channel = channels.request(peer(5000), 15 * MINUTE)
     assert channel is not None
     assert channel.number == 0x4000
+    following = channels.request(peer(5001), 15 * MINUTE)
+    assert following is not None
+    assert following.number == 0x4001
 
 
+@pytest.mark.shows("connectivity", 17)
 def test_numbers_rotate_before_they_are_used_again() -> None:
     channels = Channels()
     assert bind(channels, 1, 0.0) == 0x4000
@@ -37,6 +44,7 @@ def test_numbers_rotate_before_they_are_used_again() -> None:
     assert bind(channels, 3, 32 * MINUTE) == 0x4002
 
 
+@pytest.mark.shows("connectivity", 18)
 def test_the_same_peer_revives_its_number() -> None:
     channels = Channels()
     number = bind(channels, 1, 0.0)
@@ -65,6 +73,7 @@ def test_late_data_keeps_a_number_blocked() -> None:
     assert channel.number == 0x4001
 
 
+@pytest.mark.shows("connectivity", 18)
 def test_refresh_needs_age_and_data() -> None:
     channels = Channels()
     number = bind(channels, 1, 0.0)

@@ -2,145 +2,43 @@
 
 from __future__ import annotations
 
-import random
-from typing import Any
-
 import pytest
+from turn_scene import (
+    ALLOCATE,
+    BINDING,
+    CHANNEL_BIND,
+    ERROR,
+    KEY,
+    LOCAL4,
+    LOCAL6,
+    MAPPED,
+    MAPPED4,
+    MAPPED6,
+    NONCE,
+    PEER,
+    REALM,
+    REFRESH,
+    RELAY4,
+    RELAY6,
+    RELAYED4,
+    RELAYED6,
+    Scene,
+    allocated,
+    answer_keepalives,
+    bound,
+    times,
+)
 
-from fz_core.packet import Address, DropReason
+from fz_core.packet import DropReason
 from fz_core.stun import (
-    Message,
     build,
-    build_channel_data,
     error_code_value,
-    long_term_key,
-    u32_value,
     xor_address_value,
 )
-from fz_core.turn import Allocation, HostDiscovered, ReflexiveDiscovered, RelayedAdded, RelayedRemoved
-
-RELAY4 = Address.parse("198.51.100.1:3478")
-RELAY6 = Address.parse("[2001:db8:ffff::1]:3478")
-LOCAL4 = Address.parse("192.168.0.2:52625")
-LOCAL6 = Address.parse("[2001:db8:1::2]:52625")
-MAPPED4 = Address.parse("203.0.113.7:40000")
-MAPPED6 = LOCAL6
-RELAYED4 = Address.parse("198.51.100.1:50001")
-RELAYED6 = Address.parse("[2001:db8:ffff::1]:50001")
-PEER = Address.parse("203.0.113.99:1000")
-PEER2 = Address.parse("203.0.113.99:1001")
-PEER_V6 = Address.parse("[2001:db8:2::9]:1000")
-
-BINDING, ALLOCATE, REFRESH, CHANNEL_BIND = 1, 3, 4, 9
-USERNAME, INTEGRITY, ERROR, NUMBER, LIFETIME, PEER_ADDRESS = 0x06, 0x08, 0x09, 0x0C, 0x0D, 0x12
-REALM, NONCE, RELAYED, TRANSPORT, MAPPED, FAMILY = 0x14, 0x15, 0x16, 0x19, 0x20, 0x8000
-KEY = long_term_key("2145916800:salt", "firezone", "secret")
+from fz_core.turn import HostDiscovered, ReflexiveDiscovered, RelayedAdded, RelayedRemoved
 
 
-class Scene:
-    """An allocation, its clock, and what it has sent and reported."""
-
-    def __init__(self, v4: bool = True, v6: bool = False, **switches: Any) -> None:
-        self.now = 1000.0
-        addresses = (RELAY4 if v4 else None, RELAY6 if v6 else None)
-        self.allocation = Allocation(
-            "relay-1", addresses, "2145916800:salt", "secret", "firezone", self.now,
-            random.Random(3).randbytes, **switches,
-        )  # fmt: skip
-        self.sent: list[tuple[float, Message, Address]] = []
-        self.events: list[object] = []
-        self.drain()
-
-    def drain(self) -> None:
-        while (transmit := self.allocation.poll_transmit()) is not None:
-            message = Message.parse_untrusted(transmit.payload)
-            assert isinstance(message, Message)
-            self.sent.append((self.now, message, transmit.remote))
-        while (event := self.allocation.poll_event()) is not None:
-            self.events.append(event)
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass, stopping only where a deadline was announced."""
-        end = self.now + seconds
-        while (at := self.allocation.poll_timeout()) is not None and at <= end:
-            self.now = max(at, self.now)
-            self.allocation.handle_timeout(self.now)
-            self.drain()
-            later = self.allocation.poll_timeout()
-            assert later is None or later > self.now
-        self.now = end
-        self.allocation.handle_timeout(end)
-        self.drain()
-
-    def take(self, method: int) -> Message:
-        """The oldest unread message, which must be of this method."""
-        _, message, _ = self.sent.pop(0)
-        assert message.method == method
-        return message
-
-    def answer(
-        self, request: Message, cls: int, attributes: list[tuple[int, bytes]], *,
-        remote: Address = RELAY4, local: Address = LOCAL4, key: bytes | None = KEY,
-    ) -> None:  # fmt: skip
-        data = build(request.method, cls, request.transaction_id, attributes, integrity_key=key)
-        assert self.allocation.handle_input(local, remote, data, self.now)
-        self.drain()
-
-    def answer_binding(self, request: Message, *, v6: bool = False) -> None:
-        mapped = xor_address_value(MAPPED6 if v6 else MAPPED4, request.transaction_id)
-        where = {"remote": RELAY6, "local": LOCAL6} if v6 else {}
-        self.answer(request, 2, [(MAPPED, mapped)], key=None, **where)
-
-    def answer_error(self, request: Message, code: int, nonce: str | None = None, **more: Any) -> None:
-        attributes = [(ERROR, error_code_value(code, "x"))]
-        if nonce is not None:
-            attributes += [(REALM, b"firezone"), (NONCE, nonce.encode())]
-        self.answer(request, 3, attributes, **more)
-
-    def answer_allocate(self, request: Message, *addresses: Address, lifetime: int = 600, **more: Any) -> None:
-        relayed = [(RELAYED, xor_address_value(a, request.transaction_id)) for a in addresses]
-        self.answer(request, 2, [*relayed, (LIFETIME, u32_value(lifetime))], **more)
-
-    def answer_refresh(self, request: Message, lifetime: int = 600) -> None:
-        self.answer(request, 2, [(LIFETIME, u32_value(lifetime))])
-
-    def answer_bind(self, request: Message) -> None:
-        self.answer(request, 2, [])
-
-
-def allocated(*addresses: Address, v6: bool = False) -> Scene:
-    """Past BINDING, challenge and ALLOCATE on IPv4."""
-    scene = Scene(v6=v6)
-    scene.answer_binding(scene.take(BINDING))
-    if v6:
-        scene.answer_binding(scene.take(BINDING), v6=True)
-    scene.answer_error(scene.take(ALLOCATE), 401, "nonce-1")
-    scene.answer_allocate(scene.take(ALLOCATE), *(addresses or (RELAYED4,)))
-    scene.events.clear()
-    return scene
-
-
-def bound(scene: Scene, peer: Address = PEER) -> int:
-    scene.allocation.bind_channel(peer, scene.now)
-    scene.drain()
-    request = scene.take(CHANNEL_BIND)
-    assert request.xor_peer_address == peer
-    scene.answer_bind(request)
-    number = request.channel_number
-    assert number is not None
-    return number
-
-
-def receive(scene: Scene, number: int) -> None:
-    data = build_channel_data(number, b"data")
-    assert isinstance(scene.allocation.decapsulate(RELAY4, data, scene.now), tuple)
-
-
-def times(scene: Scene, start: float) -> list[float]:
-    return [at - start for at, _, _ in scene.sent]
-
-
-# 1
+@pytest.mark.shows("connectivity", 1)
 def test_unanswered_requests_are_repeated_and_given_up() -> None:
     scene = Scene()
     deadlines = []
@@ -152,6 +50,7 @@ def test_unanswered_requests_are_repeated_and_given_up() -> None:
     assert len({message.data for _, message, _ in scene.sent}) == 1
 
 
+@pytest.mark.shows("connectivity", 1)
 def test_polling_more_often_changes_nothing() -> None:
     scene = Scene()
     for _ in range(1000):
@@ -172,7 +71,7 @@ def test_repeated_authenticated_requests_get_new_ids_and_late_answers_are_ignore
     assert scene.allocation.relayed_v4 == RELAYED4
 
 
-# 2
+@pytest.mark.shows("connectivity", 2)
 def test_first_allocate_is_signed_and_has_no_nonce() -> None:
     scene = Scene()
     binding = scene.take(BINDING)
@@ -187,7 +86,7 @@ def test_first_allocate_is_signed_and_has_no_nonce() -> None:
     assert not allocate.has(0x8028)
 
 
-# 3
+@pytest.mark.shows("connectivity", 3)
 def test_stale_nonce_is_replaced() -> None:
     scene = allocated()
     scene.allocation.refresh(scene.now)
@@ -198,6 +97,7 @@ def test_stale_nonce_is_replaced() -> None:
     assert again.check_integrity(KEY)
 
 
+@pytest.mark.shows("connectivity", 3)
 def test_unauthorised_with_a_nonce_is_final() -> None:
     scene = Scene()
     scene.answer_binding(scene.take(BINDING))
@@ -229,7 +129,7 @@ def test_endless_challenges_end() -> None:
     assert 3 <= number <= 10
 
 
-# 4
+@pytest.mark.shows("connectivity", 4)
 def test_start_reports_host_reflexive_relayed_in_order() -> None:
     scene = Scene()
     scene.answer_binding(scene.take(BINDING))
@@ -244,7 +144,7 @@ def test_start_reports_host_reflexive_relayed_in_order() -> None:
     assert scene.allocation.reflexive == ((MAPPED4, LOCAL4),)
 
 
-# 5
+@pytest.mark.shows("connectivity", 5)
 def test_the_family_that_answers_first_is_used() -> None:
     scene = Scene(v6=True)
     four, six = scene.take(BINDING), scene.take(BINDING)
@@ -261,7 +161,7 @@ def test_the_family_that_answers_first_is_used() -> None:
     ]
 
 
-# 6
+@pytest.mark.shows("connectivity", 6)
 def test_the_silent_family_is_given_up_without_harm() -> None:
     scene = Scene(v6=True)
     scene.answer_binding(scene.take(BINDING))
@@ -275,7 +175,7 @@ def test_the_silent_family_is_given_up_without_harm() -> None:
     assert scene.allocation.free_reason is None
 
 
-# 7
+@pytest.mark.shows("connectivity", 7)
 def test_disposal_of_a_silent_relay() -> None:
     scene = Scene()
     assert scene.allocation.free_reason is None
@@ -283,7 +183,7 @@ def test_disposal_of_a_silent_relay() -> None:
     assert scene.allocation.free_reason == "no response received"
 
 
-# 8
+@pytest.mark.shows("connectivity", 8)
 def test_unauthorised_refresh_invalidates_all() -> None:
     scene = allocated(RELAYED4, RELAYED6)
     scene.advance(24)
@@ -296,7 +196,7 @@ def test_unauthorised_refresh_invalidates_all() -> None:
     assert scene.allocation.free_reason == "authentication error"
 
 
-# 9
+@pytest.mark.shows("connectivity", 9)
 def test_mismatch_on_refresh_allocates_again() -> None:
     scene = allocated()
     bound(scene)
@@ -308,7 +208,7 @@ def test_mismatch_on_refresh_allocates_again() -> None:
     assert scene.take(ALLOCATE).nonce == "nonce-1"
 
 
-# 10
+@pytest.mark.shows("connectivity", 10)
 def test_mismatch_on_bind_allocates_and_binds_again() -> None:
     scene = allocated()
     scene.allocation.bind_channel(PEER, scene.now)
@@ -329,7 +229,7 @@ def test_mismatch_on_allocate_deletes_and_allocates_again() -> None:
     assert scene.allocation.relayed_v4 == RELAYED4
 
 
-# 11
+@pytest.mark.shows("connectivity", 11)
 def test_server_error_on_allocate_suspends() -> None:
     scene = Scene()
     scene.answer_binding(scene.take(BINDING))
@@ -347,7 +247,7 @@ def test_server_error_on_allocate_suspends() -> None:
     assert scene.sent == []
 
 
-# 12
+@pytest.mark.shows("connectivity", 12)
 def test_refresh_at_half_of_the_lifetime_once() -> None:
     scene = allocated()
     start = scene.now
@@ -363,12 +263,7 @@ def test_refresh_at_half_of_the_lifetime_once() -> None:
     assert not any(message.method == REFRESH for _, message, _ in scene.sent)
 
 
-def answer_keepalives(scene: Scene) -> None:
-    for entry in [entry for entry in scene.sent if entry[1].method == BINDING]:
-        scene.sent.remove(entry)
-        scene.answer_binding(entry[1])
-
-
+@pytest.mark.shows("connectivity", 12)
 def test_proactive_refresh_is_a_single_attempt() -> None:
     scene = allocated()
     scene.allocation.refresh(scene.now)
@@ -384,6 +279,7 @@ def test_proactive_refresh_is_a_single_attempt() -> None:
     assert scene.allocation.free_reason == "no response received"
 
 
+@pytest.mark.shows("connectivity", 12)
 def test_proactive_refresh_waits_for_an_allocate_in_flight() -> None:
     scene = Scene()
     scene.answer_binding(scene.take(BINDING))
@@ -418,7 +314,7 @@ def test_a_refused_refresh_is_not_repeated_at_once() -> None:
     assert at >= scene.now + 5
 
 
-# 13
+@pytest.mark.shows("connectivity", 13)
 def test_a_lifetime_that_ran_out_invalidates() -> None:
     scene = allocated(RELAYED4, RELAYED6)
     scene.now += 601
@@ -428,6 +324,7 @@ def test_a_lifetime_that_ran_out_invalidates() -> None:
     assert scene.take(BINDING).method == BINDING  # and a new start, so that a resumed machine recovers
 
 
+@pytest.mark.shows("connectivity", 13)
 def test_unanswered_keepalives_invalidate() -> None:
     scene = allocated(RELAYED4, RELAYED6)
     scene.advance(25 + 8.125)
@@ -435,7 +332,7 @@ def test_unanswered_keepalives_invalidate() -> None:
     assert scene.allocation.free_reason == "no response received"
 
 
-# 14
+@pytest.mark.shows("connectivity", 14)
 def test_keepalive_after_silence() -> None:
     scene = allocated()
     start = scene.now
@@ -444,6 +341,7 @@ def test_keepalive_after_silence() -> None:
     assert scene.sent[0][1].method == BINDING
 
 
+@pytest.mark.shows("connectivity", 14)
 def test_data_puts_the_keepalive_off() -> None:
     scene = allocated()
     bound(scene)
@@ -456,106 +354,7 @@ def test_data_puts_the_keepalive_off() -> None:
     assert times(scene, start) == [35]
 
 
-# 15
-def test_early_binds_are_kept_and_sent_once() -> None:
-    scene = Scene()
-    for peer in (PEER, PEER2, PEER, PEER_V6):
-        scene.allocation.bind_channel(peer, scene.now)
-    scene.answer_binding(scene.take(BINDING))
-    scene.answer_allocate(scene.take(ALLOCATE), RELAYED4)
-    peers = [scene.take(CHANNEL_BIND).xor_peer_address for _ in range(2)]
-    assert peers == [PEER, PEER2]
-    assert scene.sent == []
-
-
-@pytest.mark.parametrize(("relayed", "peer"), [(RELAYED4, PEER_V6), (RELAYED6, PEER)])
-def test_peers_of_another_family_are_never_bound(relayed: Address, peer: Address) -> None:
-    scene = allocated(relayed)
-    scene.allocation.bind_channel(peer, scene.now)
-    assert scene.allocation.encapsulate(peer, b"data", scene.now) is DropReason.NO_CHANNEL
-    scene.drain()
-    assert scene.sent == []
-
-
-def test_the_hundred_newest_early_binds_are_kept() -> None:
-    scene = Scene()
-    for port in range(1, 151):
-        scene.allocation.bind_channel(Address(PEER.ip, port), scene.now)
-    scene.answer_binding(scene.take(BINDING))
-    scene.answer_allocate(scene.take(ALLOCATE), RELAYED4)
-    ports = [message.xor_peer_address.port for _, message, _ in scene.sent if message.xor_peer_address]
-    assert ports == list(range(51, 151))
-
-
-# 16
-def test_data_over_confirmed_and_in_flight_channels() -> None:
-    scene = allocated()
-    assert scene.allocation.encapsulate(PEER, b"data", scene.now) is DropReason.NO_CHANNEL
-    scene.drain()
-    request = scene.take(CHANNEL_BIND)
-    transmit = scene.allocation.encapsulate(PEER, b"data", scene.now, 1)
-    assert not isinstance(transmit, DropReason)
-    assert (transmit.payload, transmit.remote, transmit.ecn) == (b"\x40\x00\x00\x04data", RELAY4, 1)
-    unconfirmed = scene.allocation.decapsulate(RELAY4, build_channel_data(0x4000, b"in"), scene.now)
-    assert unconfirmed is DropReason.UNKNOWN_CHANNEL
-    scene.answer_bind(request)
-    received = scene.allocation.decapsulate(RELAY4, build_channel_data(0x4000, b"in"), scene.now)
-    assert not isinstance(received, DropReason)
-    assert (received[0], bytes(received[1]), received[2]) == (PEER, b"in", RELAYED4)
-
-
-def test_data_from_elsewhere_or_unbound_is_refused() -> None:
-    scene = allocated()
-    number = bound(scene)
-    data = build_channel_data(number, b"in")
-    assert isinstance(scene.allocation.decapsulate(PEER, data, scene.now), DropReason)
-    assert isinstance(scene.allocation.decapsulate(RELAY4, data + b"x", scene.now), DropReason)
-    unbound = build_channel_data(number + 1, b"in")
-    assert isinstance(scene.allocation.decapsulate(RELAY4, unbound, scene.now), DropReason)
-
-
-def test_a_refused_bind_leaves_no_state() -> None:
-    scene = allocated()
-    scene.allocation.bind_channel(PEER, scene.now)
-    scene.drain()
-    scene.answer_error(scene.take(CHANNEL_BIND), 400)
-    assert scene.allocation.channel_to(PEER, scene.now) is None
-    scene.advance(20)
-    assert scene.sent == []
-
-
-def test_binding_again_sends_nothing_and_peers_bind_in_parallel() -> None:
-    scene = allocated()
-    scene.allocation.bind_channel(PEER, scene.now)
-    scene.allocation.bind_channel(PEER, scene.now)
-    scene.allocation.bind_channel(PEER2, scene.now)
-    scene.drain()
-    first, second = scene.take(CHANNEL_BIND), scene.take(CHANNEL_BIND)
-    assert scene.sent == []
-    scene.answer_bind(second)
-    scene.answer_bind(first)
-    scene.allocation.bind_channel(PEER, scene.now)
-    scene.drain()
-    assert scene.sent == []
-
-
-# 18, over the wire
-def test_a_used_channel_is_refreshed_after_five_minutes() -> None:
-    scene = allocated()
-    number = bound(scene)
-    start = scene.now
-    receive(scene, number)
-    while scene.now < start + 320:
-        answer_keepalives(scene)
-        for entry in [entry for entry in scene.sent if entry[1].method == REFRESH]:
-            scene.sent.remove(entry)
-            scene.answer_refresh(entry[1])
-        scene.advance(1)
-    binds = [(at - start, m.channel_number) for at, m, _ in scene.sent if m.method == CHANNEL_BIND]
-    assert binds[0] == (300, number)
-
-
-# 19
+@pytest.mark.shows("connectivity", 19)
 def test_round_trip_time_is_smoothed() -> None:
     scene = Scene(v6=True)
     four, six = scene.take(BINDING), scene.take(BINDING)
@@ -567,7 +366,7 @@ def test_round_trip_time_is_smoothed() -> None:
     assert scene.allocation.rtt == pytest.approx(0.060)
 
 
-# 20
+@pytest.mark.shows("connectivity", 20)
 def test_restart_begins_anew() -> None:
     scene = allocated()
     scene.allocation.restart(scene.now)

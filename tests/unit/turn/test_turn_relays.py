@@ -11,6 +11,7 @@ from fz_core.packet import Address
 from fz_core.turn import Allocation, Relays, choose_relay, rtt_threshold
 
 
+@pytest.mark.shows("connectivity", 21)
 @pytest.mark.parametrize(
     ("rtts", "threshold"),
     [
@@ -30,17 +31,20 @@ def draws(rtts: dict[str, float | None], count: int) -> Counter[str | None]:
     return Counter(choose_relay(rtts, rng.randbytes) for _ in range(count))
 
 
+@pytest.mark.shows("connectivity", 21)
 def test_an_outlier_is_never_chosen() -> None:
     chosen = draws({"a": 0.030, "b": 0.031, "c": 0.032, "d": 0.033, "slow": 0.4}, 1000)
     assert chosen["slow"] == 0
     assert set(chosen) == {"a", "b", "c", "d"}
 
 
+@pytest.mark.shows("connectivity", 21)
 def test_near_equals_share_the_load() -> None:
     chosen = draws({"a": 0.030, "b": 0.031}, 10_000)
     assert 4500 <= chosen["a"] <= 5500
 
 
+@pytest.mark.shows("connectivity", 21)
 def test_slow_alone_is_chosen_beside_fast_is_not() -> None:
     assert draws({"a": 0.030, "b": 0.200}, 1000)["b"] == 0
     assert draws({"a": 0.5}, 10)["a"] == 10
@@ -53,6 +57,7 @@ def allocation(relay_id: str, address: str) -> Allocation:
     return Allocation(relay_id, (Address.parse(address), None), "1:a", "p", "firezone", 0.0, rng.randbytes)
 
 
+@pytest.mark.shows("connectivity", 22)
 def test_dropped_and_readdressed_relays_are_remembered() -> None:
     relays = Relays(random.Random(1).randbytes)
     relays.add(allocation("1", "198.51.100.1:3478"))
@@ -68,6 +73,7 @@ def test_dropped_and_readdressed_relays_are_remembered() -> None:
     assert not relays.is_disconnected(Address.parse("198.51.100.1:3478"))
 
 
+@pytest.mark.shows("connectivity", 22)
 def test_the_last_one_gone_is_reported_once() -> None:
     relays = Relays(random.Random(1).randbytes)
     first, second = allocation("1", "198.51.100.1:3478"), allocation("2", "198.51.100.2:3478")

@@ -10,6 +10,7 @@ from fz_core.packet import DropReason
 from fz_core.wireguard import RateLimiter
 
 
+@pytest.mark.shows("connectivity", 44, 49)
 def test_under_load_a_cookie_comes_back_and_helps() -> None:
     pair = Pair(limit=0)
     pair.b.inbox.clear()
@@ -41,6 +42,7 @@ def test_both_ends_under_load_still_connect() -> None:
     assert pair.send(pair.b, ipv4()) is None
 
 
+@pytest.mark.shows("connectivity", 49)
 def test_a_cookie_is_used_for_120_seconds() -> None:
     pair = Pair(limit=0)
     pair.a.tunnel.start_handshake(pair.now)
@@ -71,6 +73,7 @@ def test_cookies_bind_to_the_address() -> None:
     assert [d[0] for d in replies] == [3, 3, 2]
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_an_unsolicited_or_altered_cookie_is_refused() -> None:
     pair = Pair(limit=0)
     pair.a.tunnel.start_handshake(pair.now)
@@ -97,6 +100,7 @@ def test_a_cookie_for_an_older_message_is_refused() -> None:
     assert pair.deliver(pair.a, pair.b.sent[0][1]) is DropReason.WG_BAD_COOKIE
 
 
+@pytest.mark.shows("connectivity", 49)
 def test_the_hundred_and_first_message_is_too_many_and_time_alone_heals() -> None:
     pair = Pair()
     limiter = RateLimiter(pair.keys[1], 0.0, pair.random.randbytes)

@@ -19,6 +19,7 @@ from fz_core.wireguard import (
 )
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_message_types_and_sizes() -> None:
     pair = Pair().connect()
     pair.send(pair.a, ipv4(b"x" * 7))
@@ -95,6 +96,7 @@ def test_a_second_start_is_suppressed_unless_forced() -> None:
     assert pair.a.sent_kinds() == [1, 1]
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_another_preshared_key_fails() -> None:
     pair = Pair(psk_b=bytes(32))
     pair.a.tunnel.start_handshake(pair.now)
@@ -104,6 +106,7 @@ def test_another_preshared_key_fails() -> None:
     assert not pair.a.tunnel.has_session
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_a_stranger_is_refused() -> None:
     pair = Pair()
     stranger = Tunnel(
@@ -116,6 +119,7 @@ def test_a_stranger_is_refused() -> None:
     assert pair.b.sent == []
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_an_initiation_to_another_key_has_a_wrong_mac1() -> None:
     pair = Pair()
     misled = Tunnel(pair.keys[0], PrivateKey(b"\x08" * 32).public, PSK, 1, pair.now, UNIX_EPOCH, pair.random.randbytes)
@@ -125,6 +129,7 @@ def test_an_initiation_to_another_key_has_a_wrong_mac1() -> None:
     assert pair.deliver(pair.b, initiation) is DropReason.WG_BAD_MAC
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_a_replayed_initiation_is_refused() -> None:
     pair = Pair().connect()
     initiation = pair.a.sent[0][1]
@@ -141,6 +146,7 @@ def test_timestamps_increase_even_when_the_clock_stands_still() -> None:
     assert pair.b.sent_kinds() == [2] * 5
 
 
+@pytest.mark.shows("connectivity", 44)
 def test_a_late_response_to_the_superseded_initiation_succeeds() -> None:
     pair = Pair()
     late: list[bytes] = []
@@ -170,6 +176,7 @@ def test_a_response_older_than_the_superseded_initiation_fails() -> None:
     assert pair.deliver(pair.a, late[0]) is DropReason.WG_BAD_HANDSHAKE
 
 
+@pytest.mark.shows("connectivity", 44)
 @pytest.mark.parametrize("crossing", [1, 2])
 def test_simultaneous_initiations_converge(crossing: int) -> None:
     """`crossing` messages are on the wire each way before anything arrives."""
@@ -242,6 +249,7 @@ def test_reserved_bytes_must_be_zero() -> None:
     assert pair.deliver(pair.b, bytes(sealed)) is DropReason.WG_MALFORMED
 
 
+@pytest.mark.shows("connectivity", 45)
 def test_retransmission_gaps_and_the_end_of_the_attempt() -> None:
     """Item 45: gaps in 5 to 5.333 s, expiry at the attempt limit, and an explicit start revives."""
     pair = Pair(rekey_attempt_time=20.0)

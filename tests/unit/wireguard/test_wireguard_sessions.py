@@ -99,6 +99,7 @@ def test_a_replay_is_dropped() -> None:
     assert pair.deliver(pair.b, sealed) is DropReason.WG_REPLAYED_PACKET
 
 
+@pytest.mark.shows("connectivity", 48)
 def test_reordering_within_8192_is_accepted() -> None:
     pair = Pair().connect()
     sealed = [seal(pair.a, ipv4(), pair.now) for _ in range(8194)]
@@ -120,6 +121,7 @@ def test_unknown_indices() -> None:
     assert pair.deliver(pair.b, sealed) == ipv4()
 
 
+@pytest.mark.shows("connectivity", 48)
 def test_the_old_session_serves_until_the_new_one_is_used() -> None:
     pair = Pair().connect()
     pair.now += 1
@@ -148,6 +150,7 @@ def test_a_side_never_moves_back() -> None:
     assert int.from_bytes(answer[4:8], "little") == 0xAAAAAA03
 
 
+@pytest.mark.shows("connectivity", 48)
 def test_twelve_quick_renewals_keep_connectivity() -> None:
     pair = Pair().connect()
     for number in range(12):

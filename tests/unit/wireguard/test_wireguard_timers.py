@@ -13,6 +13,7 @@ from fz_core.wireguard import Expired
 JITTER = 0.3331
 
 
+@pytest.mark.shows("connectivity", 46)
 @pytest.mark.parametrize(
     ("sends", "receives", "expected"),
     [(True, False, 120.0), (False, True, 165.0), (True, True, 120.0), (False, False, 180.0)],
@@ -51,6 +52,7 @@ def test_the_age_after_receipt_follows_the_shorter_iceless_timers() -> None:
     assert 173.0 <= at <= 173.0 + JITTER
 
 
+@pytest.mark.shows("connectivity", 46)
 def test_the_responder_never_renews_by_age() -> None:
     pair = Pair().connect()
     start = pair.now
@@ -62,6 +64,7 @@ def test_the_responder_never_renews_by_age() -> None:
     assert not pair.b.tunnel.has_session
 
 
+@pytest.mark.shows("connectivity", 46)
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_unanswered_data_starts_a_handshake_from_either_side(name: str) -> None:
     pair = Pair().connect()
@@ -90,6 +93,36 @@ def test_the_iceless_silence_is_seven_seconds() -> None:
     assert 7.0 <= at <= 7.0 + JITTER
 
 
+@pytest.mark.shows("connectivity", 45, 46)
+def test_with_the_nodes_timers_an_init_is_repeated_each_second() -> None:
+    """A node takes 1 s where the sheet has 5 (docs/deviations.md), and what is counted from it follows."""
+    timers = {"rekey_timeout": 1.0, "rekey_attempt_time": 20.0}
+    lost = Pair(**timers)
+    start = lost.now
+    lost.lossy = lambda sender, datagram: True
+    lost.a.tunnel.start_handshake(lost.now)
+    lost.exchange()
+    lost.run_until(start + 60)
+    times = lost.a.sent_at(1)
+    assert all(1.0 <= later - earlier <= 1.0 + JITTER for earlier, later in itertools.pairwise(times))
+    assert 15 <= len(times) <= 20
+    assert lost.a.events == [Expired(start + 20.0)]
+
+    silent = Pair(**timers).connect()
+    start = silent.now
+    silent.lossy = lambda sender, datagram: True
+    silent.send(silent.a, ipv4())
+    silent.run_until(start + 12)
+    assert 11.0 <= silent.a.sent_at(1)[1] - start <= 11.0 + JITTER
+
+    receiving = Pair(**timers).connect()
+    start = receiving.now
+    receiving.send(receiving.b, ipv4())
+    receiving.run_until(start + 179)
+    assert 169.0 <= receiving.a.sent_at(1)[1] - start <= 169.0 + JITTER
+
+
+@pytest.mark.shows("connectivity", 46)
 def test_one_passive_keepalive_and_no_ping_pong() -> None:
     pair = Pair().connect()
     start = pair.now
@@ -125,6 +158,7 @@ def test_no_keepalive_while_an_initiation_is_unanswered() -> None:
     assert [at for at, d in pair.a.sent if d[0] == 4 and at > start] == []
 
 
+@pytest.mark.shows("connectivity", 47)
 def test_the_initiator_stops_at_170_and_the_responder_at_180() -> None:
     pair = Pair().connect()
     start = pair.now
@@ -143,6 +177,7 @@ def test_the_initiator_stops_at_170_and_the_responder_at_180() -> None:
     assert pair.a.tunnel.handle_untrusted(sealed, None, pair.now) is DropReason.WG_EXPIRED_SESSION
 
 
+@pytest.mark.shows("connectivity", 47)
 def test_everything_is_wiped_after_540_seconds() -> None:
     pair = Pair().connect()
     start = pair.now
