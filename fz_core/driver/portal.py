@@ -31,6 +31,7 @@ SO_MARK = 0xFD002021
 CONNECT_BUDGET = 5.0
 HANDSHAKE_BUDGET = 15.0
 CLOSE_BUDGET = 1.0
+LOST_CLOSE_BUDGET = 0.05
 QUEUE = 128
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_HANDSHAKE_BYTES = 64 * 1024
@@ -57,7 +58,8 @@ class PortalLink:
     ) -> None:
         self._login, self._channel, self._public_key = login, channel, public_key
         self._mark, self._resolve, self._tls, self._now = mark, resolve or resolve_host, tls, now
-        self._wake = trio.Event()
+        self._wake, self._rearm = trio.Event(), trio.Event()
+        self._watched_until: float | None = None
         self._attempt = trio.CancelScope()
         self._sender: trio.MemorySendChannel[ChannelEvent]
         self.events: trio.MemoryReceiveChannel[ChannelEvent]
@@ -69,8 +71,14 @@ class PortalLink:
         self._wake.set()
         return queued
 
+    def probe(self) -> None:
+        """Something suggests that the link may be dead: find out within 2 s, and if so start over at once."""
+        self._channel.probe(self._now())
+        self._wake.set()
+        self._rearm.set()
+
     def reconnect(self) -> None:
-        """Start over at once: the network, or our key, has changed."""
+        """Start over at once, whatever is under way: the network, or our key, has changed."""
         self._channel.reconnect(self._now())
         self._attempt.cancel()
 
@@ -105,7 +113,9 @@ class PortalLink:
                 try:
                     await self._talk(websocket)
                 finally:
-                    with trio.move_on_after(CLOSE_BUDGET, shield=True):
+                    # A farewell is still sent when the next connection is urgent, but no answer is waited for.
+                    is_urgent = self._channel.reconnects_in == 0.0
+                    with trio.move_on_after(LOST_CLOSE_BUDGET if is_urgent else CLOSE_BUDGET, shield=True):
                         await websocket.aclose()
                 nursery.cancel_scope.cancel()
         except* ConnectionRejected as rejected:
@@ -151,6 +161,8 @@ class PortalLink:
                 if isinstance(message, str):
                     self._channel.handle_text(message, self._now())
                 self._wake.set()
+                if self._channel.poll_timeout() != self._watched_until:
+                    self._rearm.set()
                 await self._hand_up_messages()
             nursery.cancel_scope.cancel()
 
@@ -169,7 +181,9 @@ class PortalLink:
     async def _watch(self, scope: trio.CancelScope) -> None:
         """Timers, apart from writing, which a dead peer may block."""
         while (deadline := self._channel.poll_timeout()) is not None:
-            await trio.sleep(max(0.0, deadline - self._now()))
+            self._watched_until, self._rearm = deadline, trio.Event()
+            with trio.move_on_after(max(0.0, deadline - self._now())):
+                await self._rearm.wait()
             self._channel.handle_timeout(self._now())
             self._wake.set()
         scope.cancel()
@@ -183,7 +197,7 @@ class PortalLink:
 
     def _ended(self, error: str) -> None:
         """Report an end, unless the channel brought it about itself."""
-        if not self._channel.has_events:
+        if self._channel.reconnects_in is None and not self._channel.is_dead:
             self._channel.handle_closed(error, self._now())
 
 

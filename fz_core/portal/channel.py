@@ -22,6 +22,7 @@ from fz_core.portal.framing import Frame, Truncated, parse_frame_untrusted
 HEARTBEAT_INTERVAL = 10.0
 MAX_UNANSWERED_HEARTBEATS = 3
 JOIN_TIMEOUT = 5.0
+PROBE_TIMEOUT = 2.0
 MAX_QUEUE = 1024
 
 
@@ -100,6 +101,8 @@ class Channel:
         self._join_due_at: float | None = None
         self._heartbeat_at: float | None = None
         self._heartbeats: set[int] = set()
+        self._probe_ref: int | None = None
+        self._probe_due_at: float | None = None
         self._queue: deque[tuple[str, Any]] = deque()
         self._out: deque[str] = deque()
 
@@ -109,9 +112,9 @@ class Channel:
         return self._open
 
     @property
-    def has_events(self) -> bool:
-        """Whether `poll_event` has something."""
-        return bool(self._events)
+    def reconnects_in(self) -> float | None:
+        """The delay of a `Connect` that was not polled yet; None without one."""
+        return next((e.delay for e in reversed(self._events) if isinstance(e, Connect)), None)
 
     # what the owner reports
 
@@ -148,7 +151,9 @@ class Channel:
 
     def handle_closed(self, error: str, now: float) -> None:
         """Dialling failed, or the WebSocket ended."""
-        if not self.is_dead:
+        if self._probe_due_at is not None:
+            self._hiccup(error, now, 0.0)
+        elif not self.is_dead:
             self._hiccup(error, now)
 
     def handle_refused(self, status: int, headers: Mapping[str, str], body: str, unix_now: float, now: float) -> None:
@@ -177,27 +182,38 @@ class Channel:
 
     def reconnect(self, now: float) -> None:
         """Start over at once, with a fresh budget (the network changed)."""
+        if self.is_joined:
+            self._events.append(Hiccup(0.0, self._budget, "starting over on request"))
         self._reset()
         self._backoff = None
         self._events.append(Connect(0.0))
 
+    def probe(self, now: float) -> None:
+        """There is reason to doubt the link: have the portal answer within 2 s, or start over at once.
+
+        Nothing happens while the room is not joined, or while a probe is running. Heartbeats go on as before.
+        """
+        if not self.is_joined or self._probe_due_at is not None:
+            return
+        self._probe_ref, self._probe_due_at = self._beat(), now + PROBE_TIMEOUT
+
     def handle_timeout(self, now: float) -> None:
         """Send heartbeats; notice a portal that does not answer."""
+        if self._probe_due_at is not None and now >= self._probe_due_at:
+            self._hiccup("the portal did not answer a probe within 2 s", now, 0.0)
         if self._open and self._join_due_at is not None and now >= self._join_due_at:
             self._hiccup("the portal did not answer the join within 5 s", now)
         if not self._open or self._heartbeat_at is None or now < self._heartbeat_at:
             return
         self._heartbeat_at = now + HEARTBEAT_INTERVAL
-        ref = self._next_ref()
-        self._heartbeats.add(ref)
-        self._out.append(Frame("phoenix", "heartbeat", {}, ref).encode())
+        self._heartbeats.add(self._beat())
         if len(self._heartbeats) > MAX_UNANSWERED_HEARTBEATS:
             self._hiccup("the portal left more than 3 heartbeats unanswered", now)
 
     def poll_timeout(self) -> float | None:
         """When `handle_timeout` is next due."""
-        due = [d for d in (self._heartbeat_at, self._join_due_at) if d is not None]
-        return min(due, default=None) if self._open else None
+        due = (self._heartbeat_at, self._join_due_at, self._probe_due_at)
+        return min((at for at in due if at is not None), default=None) if self._open else None
 
     def poll_transmit(self) -> str | None:
         """A text to send: control first, messages only once joined."""
@@ -214,8 +230,14 @@ class Channel:
 
     # inside
 
+    def _beat(self) -> int:
+        ref = self._next_ref()
+        self._out.append(Frame("phoenix", "heartbeat", {}, ref).encode())
+        return ref
+
     def _join(self, now: float) -> None:
         self.is_joined = False
+        self._probe_ref = self._probe_due_at = None
         self._join_ref = self._next_ref()
         self._join_due_at = now + JOIN_TIMEOUT
         self._out.append(Frame(self._topic, "phx_join", self._join_payload, self._join_ref).encode())
@@ -226,6 +248,8 @@ class Channel:
             self._events.append(MessageDropped("phx_reply", "without ref"))
         elif payload.get("status") == "ok":
             self._heartbeats.discard(frame.ref)
+            if frame.ref == self._probe_ref:
+                self._probe_ref = self._probe_due_at = None
             if frame.ref == self._join_ref and not self.is_joined:
                 self.is_joined = self._was_joined = True
                 self._join_due_at = self._backoff = None

@@ -252,7 +252,7 @@ def test_roaming_starts_over_at_once_and_forgets_the_queue() -> None:
     channel = joined()
     channel.send(NoRelays(), 1.0)
     channel.reconnect(1.0)
-    assert events(channel) == [Connect(0.0)]
+    assert events(channel) == [Hiccup(0.0, None, "starting over on request"), Connect(0.0)]
     assert sent(channel) == []
     assert not channel.send(NoRelays(), 1.0)
 
@@ -262,3 +262,79 @@ def test_the_queue_is_bounded() -> None:
     taken = [channel.send(SetSnownetCapabilities(False), 0.0) for _ in range(5000)]
     assert all(taken)
     assert len(sent(channel)) == 1
+
+
+def probed(now: float = 20.0, budget: float | None = None) -> tuple[Channel, dict[str, Any]]:
+    channel = joined(budget=budget)
+    channel.probe(now)
+    (beat,) = sent(channel)
+    return channel, beat
+
+
+def test_a_probe_is_a_heartbeat_and_an_answer_in_time_is_all_it_takes() -> None:
+    channel, beat = probed(3.0)
+    assert (beat["topic"], beat["event"], beat["payload"]) == ("phoenix", "heartbeat", {})
+    assert channel.poll_timeout() == 5.0
+    channel.handle_text(reply(beat["ref"], topic="phoenix"), 4.9)
+    assert channel.poll_timeout() == 10.0
+    channel.handle_timeout(5.0)
+    assert events(channel) == []
+    assert channel.is_joined
+
+
+def test_an_unanswered_probe_starts_over_at_once_and_costs_no_budget() -> None:
+    channel, _ = probed(3.0, budget=1.0)
+    channel.handle_timeout(4.9)
+    assert events(channel) == []
+    channel.handle_timeout(5.0)
+    hiccup, again = events(channel)
+    assert isinstance(hiccup, Hiccup)
+    assert "probe" in hiccup.error
+    assert again == Connect(0.0)
+    channel.handle_closed("no route", 6.0)
+    assert events(channel)[-1] == Connect(0.5), "from there the usual way, from its start"
+
+
+def test_another_frame_of_the_portal_does_not_answer_a_probe() -> None:
+    channel, beat = probed(3.0)
+    channel.handle_text(push("resource_deleted", RESOURCE), 4.0)
+    channel.handle_text(reply(beat["ref"] - 1, topic="phoenix"), 4.0)
+    events(channel)
+    channel.handle_timeout(5.0)
+    assert events(channel)[-1] == Connect(0.0)
+
+
+def test_a_connection_found_broken_by_a_probe_is_replaced_at_once() -> None:
+    channel, _ = probed(3.0)
+    channel.handle_closed("connection reset", 3.1)
+    assert events(channel)[-1] == Connect(0.0)
+
+
+def test_there_is_one_probe_at_a_time() -> None:
+    channel, beat = probed(3.0)
+    channel.probe(4.0)
+    assert sent(channel) == []
+    assert channel.poll_timeout() == 5.0
+    channel.handle_text(reply(beat["ref"], topic="phoenix"), 4.5)
+    channel.probe(4.6)
+    assert len(sent(channel)) == 1
+
+
+def test_nothing_is_probed_before_the_join() -> None:
+    channel = client_channel(zeros)
+    channel.probe(0.0)
+    channel.handle_connected(0.0)
+    sent(channel)
+    channel.probe(0.0)
+    assert sent(channel) == []
+    assert channel.poll_timeout() == 5.0
+
+
+def test_probes_leave_the_heartbeats_alone() -> None:
+    channel, beat = probed(9.0)
+    channel.handle_timeout(10.0)
+    (regular,) = sent(channel)
+    assert regular["ref"] == beat["ref"] + 1
+    assert channel.poll_timeout() == 11.0
+    channel.handle_text(reply(beat["ref"], topic="phoenix"), 10.5)
+    assert channel.poll_timeout() == 20.0

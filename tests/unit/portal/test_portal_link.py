@@ -177,6 +177,7 @@ async def test_roaming_replaces_the_connection() -> None:
         assert await link.events.receive() == Connected()
         link.reconnect()
         assert not link.send(NoRelays())
+        assert isinstance(await link.events.receive(), Hiccup)
         assert await link.events.receive() == Connected()
         assert joins == 2
         nursery.cancel_scope.cancel()
