@@ -25,6 +25,8 @@ ANSWER_TIMEOUT = 15.0
 MAX_PENDING_PER_CLIENT = 256
 REFRESH_AFTER = 1.0
 MAX_KNOWN_KEYS = 4096
+ABILITIES_TIMEOUT = 0.5
+MAX_HELD = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Access:
         self._pending: dict[str, Pending] = {}
         self._ingest_key = hub.random_bytes(32)
         self._receiver_keys: dict[str, str] = {}
+        self._held: dict[tuple[int, int, str], tuple[Session, to_client.RequestAuthorization]] = {}
 
     # requests
 
@@ -59,8 +62,33 @@ class Access:
         gateway = self.select(client, rule[0], message.connected_gateway_ids)
         if isinstance(gateway, FailReason):
             self._refuse(client, message.resource_id, gateway)
-        else:
+        elif not self._hold(client, gateway, message, now):
             self._ask(client, gateway, *rule, message.connected_gateway_ids, now)
+
+    def _hold(self, client: Session, gateway: Session, message: to_client.RequestAuthorization, now: float) -> bool:
+        """A gateway that just joined is about to say what it can do: decide the mode of a new pair only then."""
+        until = gateway.joined_at + ABILITIES_TIMEOUT
+        may_be_iceless = self._hub.policy.allow_iceless and client.is_iceless and gateway.is_iceless is None
+        if not may_be_iceless or now >= until or len(self._held) >= MAX_HELD:
+            return False
+        if not self._hub.modes.is_open(client, gateway):
+            return False
+        self._held[gateway.id, client.id, message.resource_id] = (client, message)
+        self._hub.timers.set(("abilities", str(gateway.id)), until)
+        return True
+
+    def handle_abilities(self, session: Session, now: float) -> None:
+        """A gateway has said what it can do: requests that waited for it go on."""
+        if session.role == "gateway":
+            self._hub.timers.cancel(("abilities", str(session.id)))
+            self.handle_silent(session.id, now)
+
+    def handle_silent(self, gateway_session: int, now: float) -> None:
+        """It has had its time: requests go on."""
+        for key in [k for k in self._held if k[0] == gateway_session]:
+            client, message = self._held.pop(key)
+            if client.is_joined:
+                self.request(client, message, now)
 
     def rule_for(self, client: Session, resource_id: str) -> tuple[ResourceRule, AccessRule] | FailReason:
         """What lets a client use a resource behind gateways, or why nothing does."""
@@ -115,7 +143,7 @@ class Access:
             gateway.peer_id, gateway.public_key, gateway.device.psk_base,
         )  # fmt: skip
         ice = ice_credentials(client.peer_id, client.public_key, gateway.peer_id, gateway.public_key)
-        iceless = hub.policy.allow_iceless and client.is_iceless and gateway.is_iceless
+        iceless = hub.is_iceless(client, gateway)
         tokens = views.ingest_tokens(
             hub.policy, client, gateway.device, resource, rule, ref, expires_at, hub.unix(now), self._ingest_key
         )
@@ -180,6 +208,8 @@ class Access:
 
     def handle_gone(self, session: Session, now: float) -> None:
         """A peer left: its requests are void, those waiting for it go to another gateway."""
+        self._hub.timers.cancel(("abilities", str(session.id)))
+        self.handle_silent(session.id, now)
         for pending in [p for p in self._pending.values() if session in (p.client, p.gateway)]:
             self._drop(pending)
             if pending.client is not session and pending.client.is_joined:

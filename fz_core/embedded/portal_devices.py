@@ -101,7 +101,7 @@ class DevicePools:
         keys = client.public_key, client.device.psk_base, target.peer_id, target.public_key, target.device.psk_base
         psk = client_preshared_key(client.peer_id, *keys)
         mine, theirs = ice_credentials(client.peer_id, client.public_key, target.peer_id, target.public_key)
-        iceless = hub.policy.allow_iceless and client.is_iceless and target.is_iceless
+        iceless = hub.is_iceless(client, target)
         ref = str(uuid.UUID(bytes=hub.random_bytes(16), version=4))
         tokens = views.ingest_tokens(
             hub.policy, client, target.device, rule, access, ref, expires_at, hub.unix(now), self._ingest_key

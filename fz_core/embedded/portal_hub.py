@@ -11,6 +11,7 @@ from typing import Any
 
 from fz_core.embedded.policy import ClientAccount, Policy
 from fz_core.embedded.portal_derivation import FAR_FUTURE, turn_credentials
+from fz_core.embedded.portal_modes import Modes
 from fz_core.embedded.portal_session import Session
 from fz_core.embedded.portal_versions import SITES, understands
 from fz_core.embedded.store import Store
@@ -95,7 +96,7 @@ class Hub:
 
     def __init__(self, policy: Policy, store: Store, unix_epoch: float, random_bytes: Callable[[int], bytes]) -> None:
         self.policy, self.store, self.random_bytes = policy, store, random_bytes
-        self.timers = Timers()
+        self.timers, self.modes = Timers(), Modes()
         self.sessions: dict[int, Session] = {}
         self.outputs: deque[Output] = deque()
         self._unix_epoch = unix_epoch
@@ -144,6 +145,10 @@ class Hub:
     def online_devices(self) -> set[str]:
         """Ids of connected devices."""
         return set(self._by_device)
+
+    def is_iceless(self, one: Session, other: Session) -> bool:
+        """Whether these two connect without ICE, which both are to be told alike."""
+        return self.modes.is_iceless(one, other, is_allowed=self.policy.allow_iceless)
 
     # output
 

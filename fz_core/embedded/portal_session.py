@@ -42,7 +42,10 @@ class Refusal:
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One open connection. `account` is set for clients and gateways, `device` too; `relay` once a relay joined."""
+    """One open connection. `account` is set for clients and gateways, `device` too; `relay` once a relay joined.
+
+    `is_iceless` is None until the peer has said whether it can do without ICE.
+    """
 
     id: int
     role: str
@@ -56,7 +59,8 @@ class Session:
     user_agent: str = ""
     remote: str = ""
     is_joined: bool = False
-    is_iceless: bool = False
+    joined_at: float = 0.0
+    is_iceless: bool | None = None
     relays: set[str] = field(default_factory=set)
     addresses: tuple[Address, ...] = ()
     stamp_secret: str | None = field(default=None, repr=False)

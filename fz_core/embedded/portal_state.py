@@ -150,6 +150,8 @@ class PortalState:
                     self._announce_relays()
                 case ("pending", ref):
                     self._access.handle_unanswered(ref)
+                case ("abilities", session_id):
+                    self._access.handle_silent(int(session_id), now)
                 case ("waiting", ref):
                     self._old_clients.handle_unanswered(ref)
                 case ("token", session_id):
@@ -179,7 +181,7 @@ class PortalState:
         if session.role == "relay" and not self._join_relay(session, frame, now):
             self._hub.reply(session, frame, "error", {"reason": "invalid stamp_secret"})
             return
-        session.is_joined = True
+        session.is_joined, session.joined_at = True, now
         self._hub.reply(session, frame, "ok")
         version = session.agent.version_text if session.agent else None
         log.info("Joined role=%s name=%s version=%s", session.role, session.name, version)
@@ -265,6 +267,7 @@ class PortalState:
                 self._hub.reply(session, frame, "error", {"reason": "unknown_message"})
             case to_client.SetSnownetCapabilities(iceless):
                 session.is_iceless = iceless
+                self._access.handle_abilities(session, now)
             case to_client.NoRelays():
                 self._hub.send(session, to_client.RelaysPresence((), self._hub.relays_for(session)))
             case to_gateway.AuthorizationCreated(ref):

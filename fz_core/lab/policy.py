@@ -57,7 +57,10 @@ INTERNET = ResourceSpec("internet")
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Everything the file says. `allowed` maps groups to the resources they may use."""
+    """Everything the file says. `allowed` maps groups to the resources they may use.
+
+    `iceless` lets peers that can do without ICE do so.
+    """
 
     gateway_token: str = field(repr=False)
     relay_token: str = field(repr=False)
@@ -68,10 +71,12 @@ class Rules:
     dns_servers: Sequence[str] = ()
     search_domain: str | None = None
     old_clients: bool = False
+    iceless: bool = False
 
     def text(self) -> str:
         """The file; every account is a group of its own."""
         top = {"account": "lab", "groups": list(self.accounts), "old_clients": self.old_clients}
+        top["iceless"] = self.iceless
         servers: dict[str, Any] = {"servers": list(self.dns_servers)}
         if self.search_domain is not None:
             servers["search_domain"] = self.search_domain

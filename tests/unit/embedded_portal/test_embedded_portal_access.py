@@ -235,17 +235,6 @@ def test_sites_have_the_name_the_client_knows(world: World, agent: str, name: st
     assert all(name in r for r in client.init["resources"] if r["type"] == "cidr")
 
 
-def test_iceless_needs_both_ends_and_the_policy(tmp_path: Path) -> None:
-    for top, client_side, gateway_side in (("", True, True), ("iceless = true", True, False), ("iceless = true", 1, 1)):
-        world = World(policy_of(tmp_path, top=top))
-        client, gw = world.client(), world.gateway()
-        client.send("set_snownet_capabilities", {"iceless": bool(client_side)})
-        gw.send("set_snownet_capabilities", {"iceless": bool(gateway_side)})
-        both = world.authorize(client, gw)
-        wanted = (top, client_side, gateway_side) == ("iceless = true", 1, 1)
-        assert both["order"]["use_iceless"] is both["answer"]["use_iceless"] is wanted
-
-
 def test_candidates_pass_verbatim_in_both_directions(world: World) -> None:
     client, gw = world.client(), world.gateway()
     both = world.authorize(client, gw)
