@@ -3,7 +3,7 @@
 from fz_core.ice.agent import Agent
 from fz_core.ice.candidate import Candidate, CandidateKind, is_usable, optimistic_candidates
 from fz_core.ice.credentials import Credentials
-from fz_core.ice.events import IceEvent, IceState, Nominated, StateChanged
+from fz_core.ice.events import IceEvent, IceState, Nominated, PathSilent, StateChanged
 from fz_core.ice.iceless import parse_iceless_untrusted, to_iceless_sdp
 from fz_core.ice.timing import CLIENT_DEFAULT, CLIENT_IDLE, SERVER_DEFAULT, SERVER_IDLE, TimingProfile
 
@@ -19,6 +19,7 @@ __all__ = [
     "IceEvent",
     "IceState",
     "Nominated",
+    "PathSilent",
     "StateChanged",
     "TimingProfile",
     "is_usable",

@@ -27,7 +27,7 @@ from fz_core.ice.checks import (
     is_addressed_to,
 )
 from fz_core.ice.credentials import Credentials
-from fz_core.ice.events import IceEvent, IceState, Nominated, StateChanged
+from fz_core.ice.events import IceEvent, IceState, Nominated, PathSilent, StateChanged
 from fz_core.ice.pair import Pair
 from fz_core.ice.timing import TimingProfile
 from fz_core.packet import Address, DropReason, Transmit
@@ -65,6 +65,7 @@ class Agent:
         self._pairs: dict[tuple[Address, Address], Pair] = {}
         self._outstanding: dict[bytes, tuple[Pair, float, bool]] = {}
         self._selected: Pair | None = None
+        self.answered_at = now  # a check of the pair in use
         self._state = IceState.NEW
         self._transmits: deque[Transmit] = deque()
         self._events: deque[IceEvent] = deque()
@@ -282,8 +283,7 @@ class Agent:
         pair = self._form_pair(local, remote, now)
         if pair is None:
             return
-        pair.note_request(now)
-        pair.is_chosen_by_peer = pair.is_chosen_by_peer or use_candidate
+        pair.note_request(use_candidate, self.profile, now)
         if not is_new and pair.is_doubtful and now >= pair.triggered_at + TRIGGER_GAP:
             pair.note_triggered(now)
             self._check(pair, now)
@@ -319,7 +319,9 @@ class Agent:
             return DropReason.STUN_UNEXPECTED
         del self._outstanding[message.transaction_id]
         pair.transaction_ids.remove(message.transaction_id)
-        pair.note_answer(sent_at)
+        pair.note_answer(sent_at, self.profile, now)
+        if pair is self._selected:
+            self.answered_at = now
         return None
 
     def _handle_error(self, pair: Pair, message: Message, was_controlling: bool, now: float) -> DropReason | None:
@@ -346,23 +348,38 @@ class Agent:
             self._enter(IceState.DISCONNECTED)
 
     def _nominate(self, now: float) -> None:
-        best = self._best([p for p in self._pairs.values() if p.has_succeeded])
+        best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p)])
         if best is not None and best is not self._selected:
-            best.note_nominated()
             self._select(best)
+            best.note_nominated()
             self._check(best, now)
 
     def _follow(self) -> None:
-        best = self._best([p for p in self._pairs.values() if p.is_chosen_by_peer])
+        """What the peer chose, unless it has chosen otherwise since, or no answers come; then whatever answers."""
+        chosen = [p for p in self._pairs.values() if p.is_chosen_by_peer]
+        current = [p for p in chosen if not any(p.is_outlived_by(other) for other in chosen)]
+        best = self._best([p for p in current if self._is_worth_using(p)])
+        if best is None and current:
+            best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p)])
         if best is not None and best is not self._selected:
             self._select(best)
+
+    def _is_worth_using(self, pair: Pair) -> bool:
+        """Not silent, and where the pair in use is, heard since."""
+        used = self._selected
+        if pair.is_silent or used is None or used is pair or not used.is_silent:
+            return not pair.is_silent
+        return pair.was_heard_since(used)
 
     def _best(self, pairs: list[Pair]) -> Pair | None:
         """The highest priority; among equals the one in use."""
         return max(pairs, key=lambda p: (p.priority, p is self._selected), default=None)
 
     def _select(self, pair: Pair) -> None:
+        if self._selected is not None:
+            self._selected.is_watched = self._selected.is_nominated = False
         self._selected = pair
+        pair.is_watched = True
         nominated = self.nominated
         if nominated is not None:
             self._events.append(nominated)
@@ -390,8 +407,40 @@ class Agent:
             if pair.has_failed(self.profile, now):
                 self._remove_pair(pair)
             else:
+                self._note_if_silent(pair, now)
                 self._check(pair, now)
         self._settle(now)
+
+    def check_selected(self, now: float) -> None:
+        """Data is not answered: does the path still work?"""
+        pair = self._selected
+        if pair is not None and not pair.was_checked_within(pair.patience, now):
+            self._check(pair, now)
+
+    def is_silent(self, local: Address, remote: Address) -> bool:
+        """Whether this path gave no answers when it was in use, and none since."""
+        pair = self._pairs.get((local, remote))
+        return pair is None or pair.is_silent
+
+    @property
+    def has_live_path(self) -> bool:
+        """Whether the pair in use is not a silent one."""
+        return self._selected is not None and not self._selected.is_silent
+
+    def _note_if_silent(self, pair: Pair, now: float) -> None:
+        if pair is not self._selected or pair.is_silent:
+            return
+        if pair.is_unheard(now):
+            pair.note_silent()
+            self._events.append(PathSilent(pair.local.base, pair.remote.address))
+        elif pair.unanswered == 2:
+            self._look_elsewhere(now)
+
+    def _look_elsewhere(self, now: float) -> None:
+        """The pair in use may be lost: learn now which others work."""
+        for pair in list(self._pairs.values()):
+            if pair is not self._selected and not pair.was_checked_within(pair.patience, now):
+                self._check(pair, now)
 
     def poll_timeout(self) -> float | None:
         """When the next check is due."""

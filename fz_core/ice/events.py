@@ -35,4 +35,12 @@ class Nominated:
     remote_kind: CandidateKind
 
 
-IceEvent = StateChanged | Nominated
+@dataclass(frozen=True, slots=True)
+class PathSilent:
+    """The pair in use gave no answers; if another one did, it is in use now."""
+
+    local: Address
+    remote: Address
+
+
+IceEvent = StateChanged | Nominated | PathSilent

@@ -14,6 +14,11 @@ class TimingProfile:
     initial_rto: float
     max_rto: float
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this is for connections without traffic."""
+        return self.initial_rto >= self.max_rto
+
     def delay_after(self, attempts: int) -> float:
         """Seconds from attempt number `attempts` (1 is the first) to the next."""
         doublings = min(max(attempts - 1, 0), self.max_retrans)
