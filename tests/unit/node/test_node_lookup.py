@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
+
 from fz_core.crypto import PrivateKey
 from fz_core.ice import Credentials
 from fz_core.node import CLIENT_PROFILES, Parameters
@@ -41,6 +43,7 @@ def test_requests_are_matched_by_both_ufrags() -> None:
     assert known._by_ufrag == {}
 
 
+@pytest.mark.shows("connectivity", 26)
 def test_answers_count_once_and_for_ten_seconds() -> None:
     """spec/connectivity.md §11 item 26."""
     known = Connections()
@@ -56,6 +59,18 @@ def test_answers_count_once_and_for_ten_seconds() -> None:
     assert known.answered(b"3" * 12, 110.1) is None
 
 
+@pytest.mark.shows("connectivity", 26)
+def test_transactions_of_one_instant_all_expire() -> None:
+    known = Connections()
+    peer = connection("p")
+    known.add(peer)
+    ids = [n.to_bytes(12, "big") for n in range(100)]
+    for transaction in ids:
+        known.expect(transaction, peer, 100.0)
+    assert known.answered(ids[0], 110.0) is peer
+    assert {known.answered(transaction, 110.1) for transaction in ids} == {None}
+
+
 def test_old_transactions_are_forgotten_as_new_ones_come() -> None:
     known = Connections()
     peer = connection("p")
@@ -65,6 +80,7 @@ def test_old_transactions_are_forgotten_as_new_ones_come() -> None:
     assert len(known._transactions) <= 110
 
 
+@pytest.mark.shows("connectivity", 26)
 def test_a_removed_connection_leaves_nothing() -> None:
     known = Connections()
     peer, other = connection("p", key=1, index=7), connection("q", key=2, index=8, remote="cccc")
