@@ -39,6 +39,7 @@ def interface(laptop: Host) -> Iterator[Interface]:
         yield Interface(NAME)
 
 
+@pytest.mark.shows("io", 41)
 def test_addresses_mtu_and_rules(laptop: Host, interface: Interface) -> None:
     for _ in range(2):  # repeating changes nothing
         assert interface.set_addresses(V4, V6) == (4, 6)
@@ -71,6 +72,7 @@ def test_an_address_can_be_bound_at_once(laptop: Host, interface: Interface) -> 
         sock.bind((str(V6), 53535))
 
 
+@pytest.mark.shows("io", 42)
 def test_without_ipv6_the_tunnel_is_ipv4_only(laptop: Host, interface: Interface) -> None:
     laptop.sysctl(f"net.ipv6.conf.{NAME}.disable_ipv6=1")
     assert interface.set_addresses(V4, V6) == (4,)
@@ -94,6 +96,7 @@ def test_routes_become_the_wanted_ones(laptop: Host, interface: Interface) -> No
     assert interface.warnings == []
 
 
+@pytest.mark.shows("io", 44)
 def test_leftover_routes_are_flushed(laptop: Host, interface: Interface) -> None:
     for table in (USER, LINK_SCOPE, INTERNET):
         laptop.run("ip", "route", "add", "10.7.0.0/16", "dev", "eth0", "table", str(table))
@@ -104,6 +107,7 @@ def test_leftover_routes_are_flushed(laptop: Host, interface: Interface) -> None
     assert destinations(laptop, "-4", 254)
 
 
+@pytest.mark.shows("io", 43)
 def test_lan_beats_the_internet_resource_and_a_resource_beats_the_lan(laptop: Host, interface: Interface) -> None:
     interface.set_addresses(V4, V6)
     interface.set_routes(DEFAULTS)
@@ -159,6 +163,7 @@ def test_monitor_survives_more_changes_than_its_buffer_holds(laptop: Host) -> No
         monitor.close()
 
 
+@pytest.mark.shows("io", 44)
 async def test_works_inside_trio_and_in_its_threads(laptop: Host, interface: Interface) -> None:
     """Worker threads start in the namespace of the thread that starts them."""
     interface.set_addresses(V4, V6)

@@ -12,6 +12,7 @@ import trio.testing
 from driver_dns_peers import LOOPBACK, Asked, Peer, reply, zone
 
 from fz_core.driver.dns_client import DnsFailed, Frames, exchange
+from fz_core.driver.dns_server import PORT as DNS_PORT_IN_TUNNEL
 from fz_core.driver.dns_server import TunnelDnsServer
 from fz_core.driver.nameservers import Nameservers
 from fz_core.linux import HostError
@@ -19,20 +20,29 @@ from fz_core.packet import Address
 
 OTHER = bytes([127, 0, 0, 3])
 V6 = bytes(15) + b"\x01"
-SRV = zone({("_sip._tcp.site.example", "SRV"): ["1 2 5060 sip.site.example."], ("site.example", "TXT"): ['"hello"']})
+SRV = zone(
+    {
+        ("_sip._tcp.site.example", "SRV"): ["1 2 5060 sip.site.example."],
+        ("site.example", "TXT"): ['"hello"'],
+        ("sip.site.example", "A"): ["192.0.2.7"],
+    }
+)
 LARGE = zone({("large.example", "TXT"): [f'"{n:03}{"x" * 200}"' for n in range(20)]})
 
 
+@pytest.mark.shows("io", 28)
 @pytest.mark.parametrize("tcp", [False, True])
 @pytest.mark.parametrize("ip", [LOOPBACK, V6])
 async def test_passes_questions_on_by_the_same_transport(system: System, tcp: bool, ip: bytes) -> None:
     await system.start(SRV)
-    for name, rdtype in (("_sip._tcp.site.example", "SRV"), ("site.example", "TXT")):
+    for name, rdtype in (("_sip._tcp.site.example", "SRV"), ("site.example", "TXT"), ("sip.site.example", "A")):
         found = await system.ask(name, rdtype, tcp=tcp, ip=ip)
         assert found.answer[0].rdtype.name == rdtype
-    assert system.upstream.transports() == ["tcp" if tcp else "udp"] * 2
+    assert system.upstream.transports() == ["tcp" if tcp else "udp"] * 3
+    assert DNS_PORT_IN_TUNNEL == 53535  # what official clients ask
 
 
+@pytest.mark.shows("io", 28)
 async def test_a_large_answer_is_cut_off_by_udp_and_whole_by_tcp(system: System) -> None:
     await system.start(LARGE)
     query = dns.message.make_query("large.example", "TXT", id=7, use_edns=0, payload=4096).to_wire()
@@ -45,6 +55,7 @@ async def test_a_large_answer_is_cut_off_by_udp_and_whole_by_tcp(system: System)
     assert len(dns.message.from_wire(whole).answer[0]) == 20
 
 
+@pytest.mark.shows("io", 28)
 async def test_many_questions_on_one_connection(system: System) -> None:
     await system.start(SRV)
     stream = await trio.open_tcp_stream("127.0.0.1", system.port)
@@ -55,6 +66,7 @@ async def test_many_questions_on_one_connection(system: System) -> None:
             assert dns.message.from_wire(await frames.receive() or b"").id == n
 
 
+@pytest.mark.shows("io", 28)
 @pytest.mark.parametrize("tcp", [False, True])
 async def test_without_a_name_server_the_answer_is_servfail(system: System, tcp: bool) -> None:
     await system.start(SRV)

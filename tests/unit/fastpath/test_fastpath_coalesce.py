@@ -70,6 +70,7 @@ def test_the_bytes_of_a_merged_train(version: int, protocol: int) -> None:
     assert data[:header] == expected
 
 
+@pytest.mark.shows("io", 35)
 @pytest.mark.parametrize(("version", "protocol"), KINDS)
 @given(
     size=st.integers(1, 1200),
@@ -88,6 +89,7 @@ def test_coalesce_then_split_is_the_identity(
     assert split_all(writes) == packets
 
 
+@pytest.mark.shows("io", 36)
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3), st.integers(0, 40)), max_size=60))
 def test_no_payload_is_lost_and_each_connection_keeps_its_order(
     steps: list[tuple[tuple[int, int], int, int]],
@@ -168,6 +170,7 @@ def test_what_may_differ() -> None:
     assert len(coalesce([FIRST6, flow_label])) == 1
 
 
+@pytest.mark.shows("io", 36)
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -241,6 +244,7 @@ def test_other_connections_do_not_interrupt_a_run() -> None:
     assert [len(w) for w in writes] == [10 + 40 + 200, 10 + 28 + 1, 10 + 60 + 200]
 
 
+@pytest.mark.shows("io", 37)
 @pytest.mark.parametrize("version", [4, 6])
 def test_65535_bytes_are_the_limit(version: int) -> None:
     sizes = [1200] * 60
@@ -257,6 +261,7 @@ def test_exactly_65535_bytes_are_allowed() -> None:
     assert len(coalesce(train(4, TCP, [*sizes[:-1], 41]))) == 2
 
 
+@pytest.mark.shows("io", 37)
 def test_128_datagrams_are_the_limit() -> None:
     writes = coalesce(train(6, UDP, [10] * 130))
     assert [len(w) for w in writes] == [10 + 48 + 1280, 10 + 48 + 20]

@@ -34,6 +34,7 @@ def split(data: bytes) -> list[Packet]:
     return found
 
 
+@pytest.mark.shows("io", 32)
 @pytest.mark.parametrize(("version", "protocol"), KINDS)
 @pytest.mark.parametrize("sizes", [[1200] * 50 + [7], [100, 100], [3, 3, 1], [999], [1] * 256])
 def test_segments_equal_what_was_sent_without_offload(version: int, protocol: int, sizes: list[int]) -> None:
@@ -71,6 +72,7 @@ def test_a_udp_checksum_of_zero_becomes_all_ones() -> None:
     assert split(super_packet([first, zero])) == [first, zero]
 
 
+@pytest.mark.shows("io", 34)
 @pytest.mark.parametrize(("version", "protocol"), KINDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 1001, 1200])
 def test_partial_checksums_are_completed(version: int, protocol: int, size: int) -> None:
@@ -83,6 +85,7 @@ def test_partial_checksums_are_completed(version: int, protocol: int, size: int)
     assert split(vnet(1, 0, 0, 0, at, offset) + raw) == [sent]
 
 
+@pytest.mark.shows("io", 34)
 def test_a_completed_udp_checksum_of_zero_becomes_all_ones() -> None:
     src, dst = ADDRESSES[4]
     probe = build_udp(src, dst, 40000, 443, b"\0\0")
@@ -101,6 +104,7 @@ def test_a_plain_packet_is_taken_as_it_is() -> None:
 GOOD = super_packet(train(4, TCP, [100] * 3))
 
 
+@pytest.mark.shows("io", 39)
 @pytest.mark.parametrize(
     "data",
     [
@@ -127,12 +131,14 @@ def test_malformed_offload_drops_the_read(data: bytes) -> None:
     assert split_super_packet(data) is DropReason.MALFORMED_OFFLOAD
 
 
+@pytest.mark.shows("io", 39)
 def test_257_segments_are_too_many() -> None:
     assert len(split(super_packet(train(6, UDP, [2] * 256)))) == 256
     too_many = super_packet(train(6, UDP, [2] * 256 + [1]))
     assert split_super_packet(too_many) is DropReason.MALFORMED_OFFLOAD
 
 
+@pytest.mark.shows("io", 40)
 def test_large_packets_and_fragments_are_dropped() -> None:
     assert split_super_packet(NO_OFFLOAD + bytes([0x45]) + bytes(1280)) is DropReason.TOO_BIG
     fragment = bytearray(packet_of(4, UDP, b"abc").data)

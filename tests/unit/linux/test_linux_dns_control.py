@@ -26,6 +26,7 @@ SENTINELS = ["100.100.111.1", "fd00:2021:1111:8000:100:100:111:0"]
 
 
 class TestEtcResolvConf:
+    @pytest.mark.shows("io", 45)
     def test_writes_ours_and_keeps_a_backup(self, etc: Path) -> None:
         inode = (etc / "resolv.conf").stat().st_ino
         activate(etc, "corp.example")
@@ -43,6 +44,7 @@ class TestEtcResolvConf:
         assert (etc / "resolv.conf").stat().st_ino == inode, "a bind-mounted file cannot be renamed"
         assert sorted(p.name for p in etc.iterdir()) == ["resolv.conf", "resolv.conf.before-firezone"]
 
+    @pytest.mark.shows("io", 45)
     def test_revert_restores_every_byte_and_keeps_the_backup(self, etc: Path) -> None:
         control = activate(etc)
         for _ in range(2):
@@ -50,6 +52,7 @@ class TestEtcResolvConf:
             assert conf(etc) == ORIGINAL
             assert backup(etc) == ORIGINAL
 
+    @pytest.mark.shows("io", 45)
     def test_applying_twice_keeps_the_first_original(self, etc: Path) -> None:
         activate(etc)
         control = activate(etc, sentinels=["100.100.111.7"])
@@ -70,6 +73,7 @@ class TestEtcResolvConf:
         activate(etc, None)
         assert "search" not in [line.split(" ")[0] for line in conf(etc).splitlines()]
 
+    @pytest.mark.shows("io", 45)
     def test_crash_then_restart(self, etc: Path) -> None:
         activate(etc)
         make_dns_control("etc-resolv-conf", etc).deactivate()
@@ -82,6 +86,7 @@ class TestEtcResolvConf:
         assert "search new.example" in conf(etc)
         assert "timeout:2" in conf(etc)
 
+    @pytest.mark.shows("io", 45)
     def test_crash_then_manual_edit_then_restart(self, etc: Path) -> None:
         """Deleting the marker line makes it the administrator's file."""
         activate(etc)
@@ -93,6 +98,7 @@ class TestEtcResolvConf:
         control.activate("tun-firezone", SENTINELS, None)
         assert backup(etc) == edited
 
+    @pytest.mark.shows("io", 45)
     def test_an_edit_between_clean_runs_is_kept(self, etc: Path) -> None:
         """The backup of the first run still exists, and must not come back."""
         activate(etc).deactivate()
@@ -111,6 +117,7 @@ class TestEtcResolvConf:
         control.deactivate()
         assert conf(etc) == "nameserver 192.0.2.78\n"
 
+    @pytest.mark.shows("io", 45)
     def test_a_symlink_is_refused_and_untouched(self, etc: Path) -> None:
         (etc / "resolv.conf").rename(etc / "elsewhere")
         (etc / "resolv.conf").symlink_to("elsewhere")
@@ -126,6 +133,7 @@ class TestEtcResolvConf:
         with pytest.raises(HostError, match=r"resolv\.conf"):
             make_dns_control("etc-resolv-conf", etc).deactivate()
 
+    @pytest.mark.shows("io", 45)
     def test_an_empty_list_leaves_the_file_alone(self, etc: Path) -> None:
         activate(etc, sentinels=[])
         assert conf(etc) == ORIGINAL

@@ -29,12 +29,14 @@ MACHINE_ID = b"0123456789abcdef0123456789abcdef\n"
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
 class TestDeviceId:
+    @pytest.mark.shows("io", 49)
     def test_is_derived_from_the_machine_id_and_not_stored(self, role: str, tmp_path: Path) -> None:
         write_machine_id(tmp_path)
         assert device_id(role, root=tmp_path) == hmac.new(KEYS[role], MACHINE_ID, hashlib.sha256).hexdigest()
         assert (tmp_path / ID_FILES[role]).parent.is_dir()
         assert not (tmp_path / ID_FILES[role]).exists()
 
+    @pytest.mark.shows("io", 49)
     def test_a_stored_id_wins_and_gets_its_mode(self, role: str, tmp_path: Path) -> None:
         write_machine_id(tmp_path)
         path = store_id(tmp_path, role, '{"id":"kept"}')
