@@ -22,6 +22,7 @@ import trio
 
 from fz_core.driver.dns_client import DNS_PORT, DnsFailed, exchange
 from fz_core.driver.hosts_file import HostsFile
+from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 
 QUERY_TIMEOUT = 2.0
@@ -37,6 +38,7 @@ async def resolve_host(
     *,
     port: int = DNS_PORT,
     marked: bool = True,
+    sockets: SocketFactory | None = None,
 ) -> tuple[str, ...]:
     """IPs of a host, sorted, then those of the hosts file; maybe none. DnsFailed if there is nobody to ask.
 
@@ -50,19 +52,21 @@ async def resolve_host(
         if local:
             return local
         raise DnsFailed(f"cannot resolve {host}: no name server is known")
-    found = await _ask_all(host, [Address(ip, port) for ip in servers], marked)
+    found = await _ask_all(host, [Address(ip, port) for ip in servers], marked, sockets)
     ordered = sorted(found, key=lambda ip: (len(ip), ip))[:MAX_ADDRESSES]
     return tuple(dict.fromkeys((*(str(ipaddress.ip_address(ip)) for ip in ordered), *local)))
 
 
-async def _ask_all(host: str, servers: Sequence[Address], marked: bool) -> set[bytes]:
-    found, is_denied = await _round(host, servers, tcp=False, marked=marked)
+async def _ask_all(host: str, servers: Sequence[Address], marked: bool, sockets: SocketFactory | None) -> set[bytes]:
+    found, is_denied = await _round(host, servers, tcp=False, marked=marked, sockets=sockets)
     if not found and not is_denied:
-        found, _ = await _round(host, servers, tcp=True, marked=marked)
+        found, _ = await _round(host, servers, tcp=True, marked=marked, sockets=sockets)
     return found
 
 
-async def _round(host: str, servers: Sequence[Address], *, tcp: bool, marked: bool) -> tuple[set[bytes], bool]:
+async def _round(
+    host: str, servers: Sequence[Address], *, tcp: bool, marked: bool, sockets: SocketFactory | None
+) -> tuple[set[bytes], bool]:
     """All addresses the servers know, and whether each of them denied the name."""
     found: set[bytes] = set()
     denials: list[bool] = []
@@ -70,7 +74,9 @@ async def _round(host: str, servers: Sequence[Address], *, tcp: bool, marked: bo
     async def ask(server: Address, rdtype: dns.rdatatype.RdataType) -> None:
         is_denied = False
         with suppress(DnsFailed):
-            response = await ask_server(server, host, rdtype, tcp=tcp, timeout=QUERY_TIMEOUT, marked=marked)
+            response = await ask_server(
+                server, host, rdtype, tcp=tcp, timeout=QUERY_TIMEOUT, marked=marked, sockets=sockets
+            )
             is_denied = response.rcode() == dns.rcode.NXDOMAIN
             if response.rcode() == dns.rcode.NOERROR:
                 found.update(addresses_in(response))
@@ -84,14 +90,21 @@ async def _round(host: str, servers: Sequence[Address], *, tcp: bool, marked: bo
 
 
 async def ask_server(
-    server: Address, name: str, rdtype: dns.rdatatype.RdataType, *, tcp: bool, timeout: float, marked: bool
+    server: Address,
+    name: str,
+    rdtype: dns.rdatatype.RdataType,
+    *,
+    tcp: bool,
+    timeout: float,
+    marked: bool,
+    sockets: SocketFactory | None = None,
 ) -> dns.message.Message:
     """One question of our own. DnsFailed also for a reply that does not decode."""
     try:
         query = dns.message.make_query(name, rdtype, id=secrets.randbelow(65_536)).to_wire()
     except dns.exception.DNSException:
         raise DnsFailed(f"cannot resolve {name!r}: it is no valid name") from None
-    reply = await exchange(server, query, tcp=tcp, timeout=timeout, marked=marked)
+    reply = await exchange(server, query, tcp=tcp, timeout=timeout, marked=marked, sockets=sockets)
     return parse_untrusted(reply, server)
 
 

@@ -14,9 +14,9 @@ import structlog
 import trio
 
 from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_client import DnsFailed, DnsTimeout, exchange
+from fz_core.driver.dns_client import DnsClient, DnsFailed, DnsTimeout
 from fz_core.driver.doh import DohClient
-from fz_core.linux import DnsControl
+from fz_core.linux import DnsControl, SocketFactory
 from fz_core.packet import Address
 from fz_core.tunnel import ClientTunnel
 from fz_core.tunnel.events import ForwardQuery, TunConfigChanged
@@ -32,10 +32,16 @@ class ClientNames:
     """`submit` runs a command in the loop's next turn."""
 
     def __init__(
-        self, state: ClientTunnel, control: DnsControl, submit: Callable[[Callable[[float], None]], None]
+        self,
+        state: ClientTunnel,
+        control: DnsControl,
+        submit: Callable[[Callable[[float], None]], None],
+        sockets: SocketFactory,
     ) -> None:
-        self._state, self._control, self._submit = state, control, submit
-        self._doh = DohClient(lambda: self._resolvers)
+        self._state, self._control, self._submit, self._sockets = state, control, submit, sockets
+        self._client = DnsClient(sockets=sockets)
+        self._doh = DohClient(lambda: self._resolvers, sockets=sockets)
+        self._look_again = trio.Event()
         self._resolvers: tuple[bytes, ...] = ()
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._sentinels: tuple[tuple[str, str], ...] = ()
@@ -55,7 +61,9 @@ class ClientNames:
             task_status.started()
             try:
                 while True:
-                    await trio.sleep(FOLLOW_INTERVAL)
+                    with trio.move_on_after(FOLLOW_INTERVAL):
+                        await self._look_again.wait()
+                    self._look_again = trio.Event()
                     await self._follow()
             finally:
                 self._nursery = None
@@ -84,7 +92,13 @@ class ClientNames:
 
     async def resolve_portal(self, host: str) -> Sequence[str]:
         """Addresses of the portal, whatever the tunnel does with DNS."""
-        return await resolve_host(host, self._resolvers)
+        return await resolve_host(host, self._resolvers, sockets=self._sockets)
+
+    def reset(self) -> None:
+        """The network changed: fail what is under way, make DoH servers ready anew, look for other servers."""
+        self._client.reset()
+        self._doh.reset()
+        self._look_again.set()
 
     def handle(self, query: Any) -> None:
         """Begin the exchange of a `ForwardQuery`; its end is submitted to the loop."""
@@ -100,7 +114,7 @@ class ClientNames:
                 reply = await self._doh.exchange(query.url, query.payload)
             elif query.server is not None:
                 local_ip = self._own_ips[0 if len(query.server) == 4 else 1] if query.via_tunnel else None
-                reply = await exchange(
+                reply = await self._client.exchange(
                     Address(query.server, query.port),
                     query.payload,
                     tcp=query.tcp,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 
-_clock_gettime, _BOOTTIME = time.clock_gettime, time.CLOCK_BOOTTIME
+_clock_gettime, _BOOTTIME, _MONOTONIC = time.clock_gettime, time.CLOCK_BOOTTIME, time.CLOCK_MONOTONIC
 
 
 def now() -> float:
     """Seconds since boot, suspend included."""
     return _clock_gettime(_BOOTTIME)
+
+
+def suspended() -> float:
+    """Seconds since boot that the machine was suspended for, to within microseconds."""
+    return _clock_gettime(_BOOTTIME) - _clock_gettime(_MONOTONIC)
 
 
 def unix_epoch() -> float:

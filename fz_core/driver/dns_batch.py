@@ -18,6 +18,7 @@ import trio
 from fz_core.dns import Query, is_reply_to
 from fz_core.driver import clock
 from fz_core.driver.dns_client import QuerySocket
+from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 
 TRY_TIMEOUT = 2.0
@@ -35,8 +36,10 @@ OnDone = Callable[[bytes | None], None]  # gets the reply; None if there is none
 class DnsBatch:
     """`ask` calls back once, within TRY_TIMEOUT. `run` must run beside it; its end drops what is under way."""
 
-    def __init__(self, *, marked: bool, now: Callable[[], float] = clock.now) -> None:
-        self._marked, self._now = marked, now
+    def __init__(
+        self, *, marked: bool, now: Callable[[], float] = clock.now, sockets: SocketFactory | None = None
+    ) -> None:
+        self._marked, self._now, self._sockets = marked, now, sockets
         self._current: dict[Address, _SharedSocket] = {}
         self._deadlines: deque[tuple[float, _SharedSocket, int]] = deque()
         self._nursery: trio.Nursery | None = None
@@ -73,7 +76,8 @@ class DnsBatch:
         old = self._current.pop(server, None)
         if old is not None:
             old.retire()
-        shared = _SharedSocket(QuerySocket(server, socket.SOCK_DGRAM, None, self._marked), now + MAX_SOCKET_AGE)
+        opened = QuerySocket(server, socket.SOCK_DGRAM, marked=self._marked, sockets=self._sockets)
+        shared = _SharedSocket(opened, now + MAX_SOCKET_AGE)
         self._current[server] = shared
         self._nursery.start_soon(shared.run)
         return shared

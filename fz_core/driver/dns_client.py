@@ -14,12 +14,13 @@ from typing import Self
 import trio
 
 from fz_core.dns import Query, is_reply_to
-from fz_core.linux import set_mark
+from fz_core.linux import MARK, SocketFactory, open_socket
 from fz_core.packet import Address
 
 DNS_PORT = 53
 MAX_IN_FLIGHT = 1000
 MAX_MESSAGE = 65_535
+KINDS = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
 IP_RECVERR, IPV6_RECVERR = 11, 25
 
 
@@ -38,8 +39,8 @@ class TooBusy(DnsFailed):
 class DnsClient:
     """Bounds what is under way. After `reset` everything under way has failed."""
 
-    def __init__(self, limit: int = MAX_IN_FLIGHT) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = MAX_IN_FLIGHT, sockets: SocketFactory | None = None) -> None:
+        self.limit, self._sockets = limit, sockets
         self._scopes: set[trio.CancelScope] = set()
 
     @property
@@ -64,7 +65,9 @@ class DnsClient:
         self._scopes.add(scope)
         try:
             with scope:
-                return await exchange(server, query, tcp=tcp, timeout=timeout, local_ip=local_ip, marked=marked)
+                return await exchange(
+                    server, query, tcp=tcp, timeout=timeout, local_ip=local_ip, marked=marked, sockets=self._sockets
+                )
         finally:
             self._scopes.discard(scope)
         raise DnsFailed("the network was reset")
@@ -83,11 +86,13 @@ async def exchange(
     timeout: float,
     local_ip: bytes | None = None,
     marked: bool = True,
+    sockets: SocketFactory | None = None,
 ) -> bytes:
     """The server's reply. DnsTimeout after `timeout` seconds, DnsFailed if it cannot be reached.
 
     `marked` keeps the question out of the tunnel (MarkError where that is forbidden). Without it, and with
     `local_ip` our own address in the tunnel, the kernel sends it through the tunnel; any ICMP error fails it.
+    `sockets` spares the kernel a look-up of the route each time.
     """
     parsed = Query.parse_untrusted(query)
     if parsed is None:
@@ -95,7 +100,8 @@ async def exchange(
     talk = _over_tcp if tcp else _over_udp
     try:
         with trio.fail_after(timeout):
-            return await talk(server, parsed, local_ip, marked)
+            with QuerySocket(server, KINDS[tcp], local_ip, marked, sockets) as opened:
+                return await talk(server, parsed, opened.sock)
     except trio.TooSlowError:
         raise DnsTimeout(f"no answer from {server} within {timeout:g} s") from None
     except trio.BrokenResourceError as error:
@@ -138,12 +144,19 @@ class Frames:
 class QuerySocket:
     """A non-blocking socket towards one server, closed on the way out."""
 
-    def __init__(self, server: Address, kind: int, local_ip: bytes | None, marked: bool) -> None:
-        family = socket.AF_INET if server.is_ipv4 else socket.AF_INET6
-        self.sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    def __init__(
+        self,
+        server: Address,
+        kind: int,
+        local_ip: bytes | None = None,
+        marked: bool = True,
+        sockets: SocketFactory | None = None,
+    ) -> None:
+        if sockets is not None and local_ip is None:
+            self.sock = sockets.open_query(server, kind, marked=marked)
+            return
+        self.sock = open_socket(server, kind, MARK if marked else None)
         try:
-            if marked:
-                set_mark(self.sock)
             if local_ip is not None:
                 self._report_all_icmp()
                 self.sock.bind((Address(local_ip, 0).host, 0))
@@ -169,29 +182,27 @@ class QuerySocket:
         self.sock.close()
 
 
-async def _over_udp(server: Address, query: Query, local_ip: bytes | None, marked: bool) -> bytes:
-    with QuerySocket(server, socket.SOCK_DGRAM, local_ip, marked) as opened:
-        opened.sock.send(query.data)
-        while True:
-            await trio.lowlevel.wait_readable(opened.sock)
-            try:
-                reply = opened.sock.recv(MAX_MESSAGE)
-            except BlockingIOError:  # a datagram with a wrong checksum woke us
-                continue
-            if is_reply_to(query, reply):
-                return reply
+async def _over_udp(server: Address, query: Query, sock: socket.socket) -> bytes:
+    sock.send(query.data)
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        try:
+            reply = sock.recv(MAX_MESSAGE)
+        except BlockingIOError:  # a datagram with a wrong checksum woke us
+            continue
+        if is_reply_to(query, reply):
+            return reply
 
 
-async def _over_tcp(server: Address, query: Query, local_ip: bytes | None, marked: bool) -> bytes:
-    with QuerySocket(server, socket.SOCK_STREAM, local_ip, marked) as opened:
-        opened.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock = trio.socket.from_stdlib_socket(opened.sock)
-        await sock.connect((server.host, server.port))
-        frames = Frames(trio.SocketStream(sock))
-        await frames.send(query.data)
-        while True:
-            reply = await frames.receive()
-            if reply is None:
-                raise DnsFailed(f"{server}: the connection was closed without an answer")
-            if is_reply_to(query, reply):
-                return reply
+async def _over_tcp(server: Address, query: Query, sock: socket.socket) -> bytes:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream = trio.socket.from_stdlib_socket(sock)
+    await stream.connect((server.host, server.port))
+    frames = Frames(trio.SocketStream(stream))
+    await frames.send(query.data)
+    while True:
+        reply = await frames.receive()
+        if reply is None:
+            raise DnsFailed(f"{server}: the connection was closed without an answer")
+        if is_reply_to(query, reply):
+            return reply

@@ -21,7 +21,7 @@ import trio
 from fz_core.dns import Query, build_error, truncate
 from fz_core.driver.dns_client import DNS_PORT, DnsClient, DnsFailed, Frames
 from fz_core.driver.nameservers import Nameservers
-from fz_core.linux import HostError
+from fz_core.linux import HostError, SocketFactory
 from fz_core.packet import Address
 
 PORT = 53535
@@ -41,9 +41,16 @@ log = structlog.get_logger("dns_server")
 class TunnelDnsServer:
     """Serves on any set of addresses, one set at a time. `run` must run beside `serve`."""
 
-    def __init__(self, nameservers: Nameservers, *, upstream_port: int = DNS_PORT, marked: bool = True) -> None:
+    def __init__(
+        self,
+        nameservers: Nameservers,
+        *,
+        upstream_port: int = DNS_PORT,
+        marked: bool = True,
+        sockets: SocketFactory | None = None,
+    ) -> None:
         self._nameservers, self._upstream_port, self._marked = nameservers, upstream_port, marked
-        self._client = DnsClient()
+        self._client = DnsClient(sockets=sockets)
         self._nursery: trio.Nursery | None = None
         self._addresses: tuple[Address, ...] = ()
         self._serving = trio.CancelScope()

@@ -28,6 +28,7 @@ from fz_core.dns import Query, is_reply_to, with_id
 from fz_core.driver.bootstrap import resolve_host
 from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, MAX_MESSAGE, DnsFailed, DnsTimeout, TooBusy
 from fz_core.driver.marked_http import MarkedBackend, connect_marked
+from fz_core.linux import SocketFactory
 
 QUERY_TIMEOUT = 5.0
 BOOTSTRAP_TIMEOUT = 5.0
@@ -54,8 +55,9 @@ class DohClient:
         tls: ssl.SSLContext | None = None,
         hosts: Path = Path("/etc/hosts"),
         dns_port: int = DNS_PORT,
+        sockets: SocketFactory | None = None,
     ) -> None:
-        self._servers, self._marked, self._tls = servers, marked, tls
+        self._servers, self._marked, self._tls, self._sockets = servers, marked, tls, sockets
         self._hosts, self._dns_port = hosts, dns_port
         self._ready: dict[str, _Server] = {}
         self._starting: set[str] = set()
@@ -114,11 +116,13 @@ class DohClient:
     def reset(self) -> None:
         """The network changed: fail what is under way, and make the servers ready again."""
         self._generation += 1
+        wanted = {*self._ready, *self._starting}
         self._starting.clear()
         for scope in self._scopes:
             scope.cancel()
         for url in tuple(self._ready):
             self._retire(url)
+        for url in wanted:
             self._start(url)
 
     async def aclose(self) -> None:
@@ -187,7 +191,9 @@ class DohClient:
 
     async def _open(self, url: str) -> _Server:
         host, port = _endpoint(url)
-        addresses = await resolve_host(host, self._servers(), self._hosts, port=self._dns_port, marked=self._marked)
+        addresses = await resolve_host(
+            host, self._servers(), self._hosts, port=self._dns_port, marked=self._marked, sockets=self._sockets
+        )
         if not addresses:
             raise DnsFailed(f"no addresses for {host}")
         context = self._tls

@@ -16,6 +16,7 @@ from fz_core.driver.bootstrap import resolve_host
 from fz_core.driver.dns_server import TunnelDnsServer
 from fz_core.driver.name_resolver import NameResolver, ResolveTimeout, TooBusy
 from fz_core.driver.nameservers import Nameservers, read_resolv_conf
+from fz_core.linux import SocketFactory
 from fz_core.tunnel import GatewayTunnel
 from fz_core.tunnel.events import ResolveName, TunConfigChanged
 
@@ -29,13 +30,18 @@ class GatewayNames:
     """`submit` runs a command in the loop's next turn. HostError if /etc/resolv.conf cannot be read."""
 
     def __init__(
-        self, state: GatewayTunnel, submit: Callable[[Callable[[float], None]], None], *, userspace: bool = True
+        self,
+        state: GatewayTunnel,
+        submit: Callable[[Callable[[float], None]], None],
+        sockets: SocketFactory,
+        *,
+        userspace: bool = True,
     ) -> None:
-        self._state, self._submit = state, submit
+        self._state, self._submit, self._sockets = state, submit, sockets
         servers = self._servers = read_resolv_conf(RESOLV_CONF)
-        self._nameservers = Nameservers(servers)
-        self._resolver = NameResolver(servers, HOSTS, userspace=userspace)
-        self._server = TunnelDnsServer(self._nameservers)
+        self._nameservers = Nameservers(servers, sockets=sockets)
+        self._resolver = NameResolver(servers, HOSTS, userspace=userspace, sockets=sockets)
+        self._server = TunnelDnsServer(self._nameservers, sockets=sockets)
         self._nursery: trio.Nursery | None = None
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -49,7 +55,11 @@ class GatewayNames:
 
     async def resolve_portal(self, host: str) -> Sequence[str]:
         """Addresses of the portal."""
-        return await resolve_host(host, self._servers)
+        return await resolve_host(host, self._servers, sockets=self._sockets)
+
+    def reset(self) -> None:
+        """The network changed: find out anew which name server answers fastest."""
+        self._nameservers.reset()
 
     async def apply(self, device: str, config: TunConfigChanged) -> None:
         """Serve on the device's addresses. HostError if they cannot be bound."""

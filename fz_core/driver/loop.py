@@ -1,8 +1,10 @@
 """The event loop of a tunnel: batches from all ready sources, one budget per source, no starvation.
 
 Each turn takes what the portal, the timer, the TUN device and both UDP sockets have ready, presents it
-to the state machine, and writes what came out. Write before read: while output cannot be flushed,
-nothing is read. No await per packet. Source: `design.md` §5, `spec/io.md` §1.4, §2.
+to the state machine, and writes what came out. Write before read: while the device takes nothing, nothing
+is read; while a socket takes nothing, the device is not read, but only for a moment (`lanes.py`). No await
+per packet. An idle loop has nothing armed but the state's own next deadline, on a clock that goes on during
+suspend. Source: `design.md` §5, `spec/io.md` §1.4, §2.
 """
 
 from __future__ import annotations
@@ -15,21 +17,26 @@ from collections.abc import Callable, Sequence
 import trio
 
 from fz_core.driver import clock
-from fz_core.fastpath import Coalescer, GsoQueue, split_super_packet
-from fz_core.linux import TunDevice, UdpSocket
-from fz_core.packet import Address, DropReason
+from fz_core.driver.lanes import Lanes
+from fz_core.driver.path_mtu import take_refusals
+from fz_core.fastpath import Coalescer, split_super_packet
+from fz_core.linux import Alarm, HostError, TunDevice, UdpSocket
+from fz_core.packet import DropReason
 from fz_core.tunnel import PacketError, TunnelErrors, TunnelRole
 
 TUN_BUDGET = 16
 UDP_BUDGET = 16
 SHUTDOWN_FLUSH = 1.0
-MAX_SLEEP = 3600.0
 DEADLINE_GRANULARITY = 0.01
-MAX_BATCHES = 256
+SHORTEST_SUSPEND = 1.0
+READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 
 
 class Loop:
-    """Drives one state machine. Commands from other tasks go through `submit` and run inside a turn."""
+    """Drives one state machine, and owns the sockets. Commands from elsewhere run inside a turn: `submit`.
+
+    `on_resume` gets the seconds for which the machine was suspended.
+    """
 
     def __init__(
         self,
@@ -38,23 +45,36 @@ class Loop:
         sockets: Sequence[UdpSocket],
         on_turn: Callable[[], None],
         on_errors: Callable[[TunnelErrors], None],
+        on_resume: Callable[[float, float], None] = lambda seconds, now: None,
+        *,
+        now: Callable[[], float] = clock.now,
+        suspended: Callable[[], float] = clock.suspended,
     ) -> None:
-        self._state, self._tun, self._sockets = state, tun, tuple(sockets)
-        self._on_turn, self._on_errors = on_turn, on_errors
+        self._state, self._tun, self._lanes = state, tun, Lanes(sockets)
+        self._on_turn, self._on_errors, self._on_resume = on_turn, on_errors, on_resume
+        self._read_clock, self._read_suspended = now, suspended
         self._commands: deque[Callable[[float], None]] = deque()
-        self._gso = GsoQueue(MAX_BATCHES)
         self._coalescer = Coalescer(enabled=tun.offloads)
         self._tun_backlog: deque[bytes] = deque()
         self._stopping = False
-        self._deadline = self._look_again_at = 0.0
+        self._now, self._suspended = now(), suspended()
+        self._deadline: float | None = None
+        self._look_again_at = 0.0
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._alarm = Alarm()
         self._poll = select.epoll()
-        self._by_fd = {s.fileno(): s for s in self._sockets}
-        for fd in (self._wakeup, tun.fileno(), *self._by_fd):
-            self._poll.register(fd, select.EPOLLIN)
+        self._interest: dict[int, int] = {}
+        for fd in (self._wakeup, *self._alarm.filenos()):
+            self._poll.register(fd, READ)
+        self._update_interest()
+
+    @property
+    def sockets(self) -> list[UdpSocket]:
+        """The data sockets there are, IPv4 first."""
+        return self._lanes.sockets
 
     def submit(self, command: Callable[[float], None]) -> None:
-        """Run a mutation of the state in the next turn; it gets the time."""
+        """Run a mutation of the state in the next turn; it gets the time. From any thread."""
         self._commands.append(command)
         os.eventfd_write(self._wakeup, 1)
 
@@ -63,55 +83,89 @@ class Loop:
         self._stopping = True
         os.eventfd_write(self._wakeup, 1)
 
+    def rebind(self, open_sockets: Callable[[], Sequence[UdpSocket]]) -> None:
+        """Replace the sockets: the old ones go first, so that their ports are free. Queued datagrams are lost.
+
+        For commands. Without any socket the loop goes on.
+        """
+        for udp in self._lanes.sockets:
+            self._forget(udp.fileno())
+        self._lanes.close()
+        self._lanes.adopt(open_sockets())
+        self._update_interest()
+
     async def run(self) -> None:
         """Turn until stopped, then flush goodbyes for at most a second."""
         try:
             while not self._stopping:
                 await self._turn()
-            self._state.shutdown(clock.now())
+            self._state.shutdown(self._tick())
             self._on_turn()
             with trio.move_on_after(SHUTDOWN_FLUSH):
-                self._queue_transmits()
-                await self._flush()
+                await self._flush_all()
         finally:
+            self.close()
+
+    def close(self) -> None:
+        """Free every descriptor but the device's; harmless when repeated."""
+        if not self._poll.closed:
             self._poll.close()
+            self._alarm.close()
             os.close(self._wakeup)
+            self._lanes.close()
+
+    # turns
 
     async def _turn(self) -> None:
-        await self._flush()
-        ready = self._poll.poll(0)
-        now = clock.now()
+        ready = dict(self._poll.poll(0))
+        now = self._tick()
         if not ready or now >= self._look_again_at:
             # The deadline costs a look at every connection, so a busy loop asks for it only now and then.
-            deadline = self._state.poll_timeout()
-            self._deadline = MAX_SLEEP + now if deadline is None else deadline[0]
-            self._look_again_at = now + DEADLINE_GRANULARITY
-        if not ready and self._deadline > now:
-            await self._sleep(self._deadline - now)
+            self._look(now)
+        if not ready and (self._deadline is None or self._deadline > now):
+            await self._sleep(now)
             return
-        errors: list[Exception] = [e for udp in self._sockets for e in _errors_of(udp)]
+        if any(fd in ready for fd in self._alarm.filenos()):
+            self._alarm.clear()
+        errors = take_refusals(self._state, self._lanes.sockets, now)
         self._run_commands(errors, now)
-        if self._deadline <= now:
+        if self._deadline is not None and self._deadline <= now:
             self._state.handle_timeout(now)
             self._look_again_at = now
-        ready_fds = {fd for fd, _ in ready}
-        if self._tun.fileno() in ready_fds:
+        if ready.get(self._tun.fileno(), 0) & ~WRITE:
             self._read_tun(errors, now)
             self._queue_transmits()
-            await self._flush_udp()
-        for fd, udp in self._by_fd.items():
-            if fd in ready_fds:
+            self._lanes.flush(now)
+        for udp in self._lanes.sockets:
+            if ready.get(udp.fileno(), 0) & ~WRITE:
                 self._read_udp(udp, errors, now)
         self._queue_transmits()
         self._queue_packets()
+        self._flush(now)
         self._on_turn()
         if errors:
             self._on_errors(TunnelErrors("packets were dropped", errors))
         await trio.lowlevel.checkpoint()
 
-    async def _sleep(self, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            await trio.lowlevel.wait_readable(self._poll.fileno())
+    def _tick(self) -> float:
+        """The time, which never goes back."""
+        self._now = max(self._now, self._read_clock())
+        return self._now
+
+    def _look(self, now: float) -> None:
+        """When to turn again if nothing comes, and whether the machine slept."""
+        deadline = self._state.poll_timeout()
+        self._deadline = None if deadline is None else deadline[0]
+        self._look_again_at = now + DEADLINE_GRANULARITY
+        suspended = self._read_suspended()
+        if suspended - self._suspended >= SHORTEST_SUSPEND:
+            self._on_resume(suspended - self._suspended, now)
+        self._suspended = suspended
+
+    async def _sleep(self, now: float) -> None:
+        ends = [at for at in (self._deadline, self._lanes.patience_ends_at(now)) if at is not None]
+        self._alarm.set(min(ends) - now if ends else None)
+        await trio.lowlevel.wait_readable(self._poll.fileno())
 
     def _run_commands(self, errors: list[Exception], now: float) -> None:
         try:
@@ -121,6 +175,8 @@ class Loop:
         for _ in range(len(self._commands)):
             try:
                 self._commands.popleft()(now)
+            except HostError:
+                raise
             except Exception as error:  # one message that makes us stumble must not cost all the others
                 errors.append(error)
 
@@ -155,10 +211,11 @@ class Loop:
     # writing
 
     def _queue_transmits(self) -> None:
-        poll, append = self._state.poll_transmit, self._gso.append_transmit
+        poll, append = self._state.poll_transmit, self._lanes.append
         while (transmit := poll()) is not None:
-            if not append(transmit):
-                self._state.drops.add(DropReason.BUFFER_FULL)
+            lost = append(transmit)
+            if lost is not None:
+                self._state.drops.add(lost)
 
     def _queue_packets(self) -> None:
         poll, add = self._state.poll_packet, self._coalescer.add
@@ -166,34 +223,49 @@ class Loop:
             add(packet)
         self._tun_backlog.extend(self._coalescer.drain())
 
-    async def _flush(self) -> None:
-        await self._flush_udp()
-        while self._tun_backlog:
-            if self._tun.write(self._tun_backlog[0]):
-                self._tun_backlog.popleft()
-                self._coalescer.enabled = self._tun.offloads
-            else:
-                await trio.lowlevel.wait_writable(self._tun.fileno())
+    def _flush(self, now: float) -> None:
+        """Write what the sockets and the device take, and wait for those that are full."""
+        self._lanes.flush(now)
+        backlog, write = self._tun_backlog, self._tun.write
+        while backlog and write(backlog[0]):
+            backlog.popleft()
+            self._coalescer.enabled = self._tun.offloads
+        self._update_interest()
 
-    async def _flush_udp(self) -> None:
-        for buffer, segment, remote, local, ecn in self._gso.drain():
-            udp = self._socket_for(remote)
-            if udp is not None:
-                sent = udp.send_batch(buffer, segment, remote, local, ecn)
-                while sent is not None and sent < len(buffer):
-                    await trio.lowlevel.wait_writable(udp.fileno())
-                    rest = memoryview(buffer)[sent:]
-                    more = udp.send_batch(rest, segment, remote, local, ecn)
-                    sent = None if more is None else sent + more
+    async def _flush_all(self) -> None:
+        """Write everything; cancelled if that takes too long."""
+        self._alarm.set(None)
+        self._alarm.clear()
+        self._poll.unregister(self._wakeup)
+        self._queue_transmits()
+        self._flush(self._tick())
+        while self._tun_backlog or self._lanes.is_blocked:
+            for fd in self._interest:
+                self._poll.modify(fd, self._interest[fd] & WRITE)
+            await trio.lowlevel.wait_readable(self._poll.fileno())
+            self._flush(self._tick())
 
-    def _socket_for(self, remote: Address) -> UdpSocket | None:
-        for udp in self._sockets:
-            if udp.is_ipv4 == (len(remote.ip) == 4):
-                return udp
-        self._state.drops.add(DropReason.NOT_CONNECTED)
-        return None
+    def _update_interest(self) -> None:
+        """What to wait for at the device and the sockets."""
+        is_behind = bool(self._tun_backlog)
+        may_read_tun = not is_behind and (
+            not self._lanes.is_blocked or self._lanes.patience_ends_at(self._read_clock()) is None
+        )
+        self._watch(self._tun.fileno(), (READ if may_read_tun else 0) | (WRITE if is_behind else 0))
+        for lane in self._lanes:
+            if lane.socket is not None:
+                self._watch(lane.socket.fileno(), (0 if is_behind else READ) | (WRITE if lane.is_blocked else 0))
 
+    def _watch(self, fd: int, events: int) -> None:
+        known = self._interest.get(fd)
+        if known == events:
+            return
+        if known is None:
+            self._poll.register(fd, events)
+        else:
+            self._poll.modify(fd, events)
+        self._interest[fd] = events
 
-def _errors_of(udp: UdpSocket) -> list[OSError]:
-    """What the kernel refused to send or receive; those datagrams are lost, the socket goes on."""
-    return [OSError(error.errno, str(error)) for error in udp.take_errors()]
+    def _forget(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self._interest[fd]

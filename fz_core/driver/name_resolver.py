@@ -31,6 +31,7 @@ from fz_core.driver.bootstrap import parse_untrusted
 from fz_core.driver.dns_batch import DnsBatch
 from fz_core.driver.dns_client import DNS_PORT, DnsFailed, TooBusy, exchange
 from fz_core.driver.hosts_file import HostsFile
+from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 
 __all__ = ["NameResolver", "ResolveTimeout", "Resolved", "TooBusy"]
@@ -77,11 +78,13 @@ class NameResolver:
         port: int = DNS_PORT,
         marked: bool = False,
         now: Callable[[], float] = clock.now,
+        sockets: SocketFactory | None = None,
     ) -> None:
         self._servers = tuple(Address(ip, port) for ip in servers)
         self._hosts = HostsFile(hosts, now=now)
         self._userspace, self._marked, self._now = userspace, marked, now
-        self._batch = DnsBatch(marked=marked, now=now)
+        self._sockets = sockets
+        self._batch = DnsBatch(marked=marked, now=now, sockets=sockets)
         self._cache = AddressCache(2 * MAX_NAMES)
         self._libc = LibcResolver(now)
         self._lookups: dict[tuple[str, int], _Lookup] = {}
@@ -180,7 +183,9 @@ class NameResolver:
         reply = None
         query = secrets.token_bytes(2) + RD_AND_ONE_QUESTION + lookup.question
         with suppress(DnsFailed):
-            reply = await exchange(server, query, tcp=True, timeout=TCP_TIMEOUT, marked=self._marked)
+            reply = await exchange(
+                server, query, tcp=True, timeout=TCP_TIMEOUT, marked=self._marked, sockets=self._sockets
+            )
         lookup.handle_tcp_reply(reply)
 
 

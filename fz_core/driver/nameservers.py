@@ -20,7 +20,7 @@ import trio
 from fz_core.driver import clock
 from fz_core.driver.bootstrap import ask_server
 from fz_core.driver.dns_client import DNS_PORT, DnsFailed
-from fz_core.linux import HostError, parse_resolv_conf
+from fz_core.linux import HostError, SocketFactory, parse_resolv_conf
 from fz_core.packet import Address
 
 PROBED_NAME = "firezone.dev"
@@ -45,8 +45,9 @@ class Nameservers:
         marked: bool = True,
         interval: float = PROBE_INTERVAL,
         now: Callable[[], float] = clock.now,
+        sockets: SocketFactory | None = None,
     ) -> None:
-        self.ips = tuple(ips)
+        self.ips, self._sockets = tuple(ips), sockets
         self._port, self._marked, self._interval, self._now = port, marked, interval, now
         self._again = trio.Event()
         self.fastest: bytes | None = None
@@ -80,6 +81,7 @@ class Nameservers:
                         tcp=tcp,
                         timeout=PROBE_TIMEOUT,
                         marked=self._marked,
+                        sockets=self._sockets,
                     )
                     result = (response.rcode() != dns.rcode.NOERROR, self._now() - started)
                     times[ip] = min(result, times.get(ip, result))

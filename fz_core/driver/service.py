@@ -43,7 +43,7 @@ async def _serve(config: TunnelConfig, health: HealthServer | None) -> None:
 async def _stop_on_signal(signals: AsyncIterator[int], tunnel: Tunnel) -> None:
     async for number in signals:
         if number == signal.SIGHUP:
-            log.info("SIGHUP is ignored: resetting the network is not supported yet")
+            tunnel.reset("SIGHUP")
             continue
         log.info("Shutting down", signal=signal.Signals(number).name)
         tunnel.stop()
@@ -59,8 +59,7 @@ async def _notify_when_ready(tunnel: Tunnel) -> None:
     """Drain events, and tell systemd once the first configuration stands."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_drain, tunnel)
-        while not tunnel.is_configured:
-            await trio.sleep(0.05)
+        await tunnel.wait_configured()
         notify_systemd("READY=1")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-import socket
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -29,18 +29,20 @@ from fz_core.driver.flow_upload import FlowUploader
 from fz_core.driver.gateway_names import GatewayNames
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
+from fz_core.driver.roaming import FORGOTTEN_AFTER, RESETS, Change, RouteWatch, follow_routes
 from fz_core.linux import (
     DEBOUNCE,
     HostError,
     Interface,
     NetworkMonitor,
+    SocketFactory,
     TunDevice,
     UdpSocket,
     make_dns_control,
     os_version,
     read_smbios,
 )
-from fz_core.packet import DropReason
+from fz_core.packet import Address, DropReason
 from fz_core.portal import (
     BadUrl,
     Connected,
@@ -54,8 +56,12 @@ from fz_core.portal import (
     gateway_channel,
     user_agent,
 )
+from fz_core.portal import client as client_messages
+from fz_core.portal import gateway as gateway_messages
+from fz_core.portal.types import merge_relays
 from fz_core.tunnel import ClientTunnel, GatewayTunnel, PacketError, TunnelErrors
 from fz_core.tunnel.events import (
+    CheckPortal,
     DnsDecision,
     DnsRecordsChanged,
     FlowLogsConfigured,
@@ -93,21 +99,35 @@ class Tunnel:
             self._state.set_internet_resource(config.internet_resource, clock.now())
         else:
             self._state = GatewayTunnel(*start, mix_families=config.mix_families, flows=flows)
-        self._public_key = base64.b64encode(private_key.public).decode()
         self._login = _login(config)
+        self._sockets = SocketFactory()
+        self._watch = RouteWatch(self._sockets.routes, self._far_ends, self._own_ips)
+        self._portal_ips: tuple[bytes, ...] = ()
+        self._relays: dict[str, tuple[bytes, ...]] = {}
+        self._tun_ips: tuple[bytes, ...] = ()
         self._loop: Loop | None = None
         self._names: ClientNames | GatewayNames | None = None
         self._link: PortalLink | None = None
         self._is_stopping = False
+        self._is_resetting = False
         self._configs: trio.MemorySendChannel[TunConfigChanged]
         self._sender: trio.MemorySendChannel[TunnelEvent]
         self.events: trio.MemoryReceiveChannel[TunnelEvent]
         self._sender, self.events = trio.open_memory_channel[TunnelEvent](EVENT_QUEUE)
         self.missed_events = 0
         self.is_joined = False
-        self.is_configured = False
+        self._configured = trio.Event()
         self._logged_at: dict[str, float] = {}
         self._drops_told_at = 0.0
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether the device carries our addresses."""
+        return self._configured.is_set()
+
+    async def wait_configured(self) -> None:
+        """Until then."""
+        await self._configured.wait()
 
     @property
     def is_ready(self) -> bool:
@@ -125,26 +145,39 @@ class Tunnel:
         if self._loop is not None:
             self._loop.stop()
 
+    def reset(self, reason: str) -> None:
+        """Client: our network changed. Start over with new sockets, relays, keys, and a new link to the portal.
+
+        Connections through the tunnel live on. From any thread; several calls at once are one. On a gateway,
+        whose clients come to it, this only has the network looked at again.
+        """
+        if self._loop is not None and not self._is_resetting:
+            self._is_resetting = True
+            self._loop.submit(partial(self._reset, reason))
+
     async def run(self) -> None:
         """Carry traffic until `stop`. TunnelFailed or HostError if it cannot go on."""
         with ExitStack() as stack:
             tun = stack.enter_context(TunDevice.open(self._config.tun_name))
             interface = Interface(tun.name)
             await trio.to_thread.run_sync(interface.flush_tables)
-            sockets = [stack.enter_context(s) for s in _bind_sockets(self._config.listen_port)]
+            sockets = self._open_sockets()
+            if not sockets:
+                raise HostError("cannot open any UDP socket: is IP disabled on this host?")
             self._configs, configs = trio.open_memory_channel[TunConfigChanged](1024)
-            loop = self._loop = Loop(self._state, tun, sockets, self._hand_up, self._report)
+            loop = self._loop = Loop(self._state, tun, sockets, self._hand_up, self._report, self._handle_resume)
+            stack.callback(loop.close)
             if self._is_stopping:
                 loop.stop()
             try:
-                names = self._names = await self._open_names(loop)
+                self._names = await self._open_names(loop)
                 channel = (
                     client_channel(secrets.token_bytes, self._config.max_partition_time)
                     if self._config.role is Role.CLIENT
                     else gateway_channel(secrets.token_bytes, self._config.max_partition_time)
                 )
                 self._link = PortalLink(
-                    self._login, channel, public_key=lambda: self._public_key, resolve=names.resolve_portal
+                    self._login, channel, public_key=self._current_key, resolve=self._resolve_portal
                 )
                 await self._run_tasks(loop, self._link, interface, configs)
             finally:
@@ -157,8 +190,8 @@ class Tunnel:
 
     async def _open_names(self, loop: Loop) -> ClientNames | GatewayNames:
         if isinstance(self._state, GatewayTunnel):
-            return GatewayNames(self._state, loop.submit, userspace=self._config.userspace_dns)
-        names = ClientNames(self._state, make_dns_control(self._config.dns_control), loop.submit)
+            return GatewayNames(self._state, loop.submit, self._sockets, userspace=self._config.userspace_dns)
+        names = ClientNames(self._state, make_dns_control(self._config.dns_control), loop.submit, self._sockets)
         await names.repair()
         return names
 
@@ -177,7 +210,8 @@ class Tunnel:
                 nursery.start_soon(link.run)
                 nursery.start_soon(self._listen, link, loop)
                 nursery.start_soon(self._configure, interface, configs, self._names)
-                nursery.start_soon(_follow_network, interface)
+                nursery.start_soon(_follow_link_scopes, interface)
+                nursery.start_soon(follow_routes, self._watch, self._handle_change)
                 if self._config.flow_log_dir is not None:
                     nursery.start_soon(FlowUploader(self._config.flow_log_dir, self._names.resolve_portal).run)
                 await loop.run()
@@ -197,8 +231,10 @@ class Tunnel:
                 case Connected():
                     log.info("Connected to portal", host=self._login.endpoint()[0])
                     self.is_joined = True
+                    self._watch.note_targets()
                     loop.submit(state.handle_portal_connected)
                 case MessageReceived(message):
+                    self._note_relays(message)
                     loop.submit(partial(state.handle_portal_message, message))
                 case MessageDropped(name, reason):
                     state.drops.add(DropReason.PORTAL_MESSAGE)
@@ -226,7 +262,94 @@ class Tunnel:
             await names.apply(self._config.tun_name, config)
             if not self.is_configured:
                 log.debug("Tunnel ready")
-            self.is_configured = True
+            self._configured.set()
+
+    # a changing network
+
+    def _reset(self, reason: str, now: float) -> None:
+        """Within a turn of the loop, whose end sends the first datagrams by the new sockets."""
+        self._is_resetting = False
+        if isinstance(self._state, GatewayTunnel):
+            self._look_at_network(now)
+            return
+        assert self._loop is not None
+        log.info("Resetting session", reason=reason)
+        self._state.handle_timeout(now)
+        self._sockets.reset()
+        self._watch.learn(now)
+        self._loop.rebind(self._open_sockets)
+        self._state.reset(now)
+        if self._names is not None:
+            self._names.reset()
+        if self._link is not None:
+            self._link.reconnect()
+
+    def _look_at_network(self, now: float) -> None:
+        """Nothing needs to start over, but what was out of reach may not be any more, and the reverse."""
+        self._state.node.update_relays((), (), now)  # has all of them checked
+        if isinstance(self._names, GatewayNames):
+            self._names.reset()
+        if self._link is not None:
+            if self.is_joined:
+                self._link.probe()
+            else:
+                self._link.reconnect()
+
+    def _handle_change(self, change: Change) -> None:
+        """The kernel's routes changed."""
+        log.debug("Network changed", what=change.value)
+        if change in RESETS:
+            self.reset(change.value)
+        elif self._loop is not None:
+            self._loop.submit(self._look_at_network)
+
+    def _handle_resume(self, seconds: float, now: float) -> None:
+        """The machine was suspended: after a while, relays and peers have given us up."""
+        if seconds >= FORGOTTEN_AFTER:
+            self.reset(f"the machine slept for {seconds:.0f} s")
+        elif self._loop is not None:
+            self._loop.submit(self._look_at_network)
+
+    def _open_sockets(self) -> Sequence[UdpSocket]:
+        sockets, errors = self._sockets.bind_data(self._config.listen_port)
+        for error in errors:
+            log.debug(error.strerror)
+        return sockets
+
+    def _current_key(self) -> str:
+        return base64.b64encode(self._state.public_key).decode()
+
+    async def _resolve_portal(self, host: str) -> Sequence[str]:
+        assert self._names is not None
+        found = await self._names.resolve_portal(host)
+        self._portal_ips = tuple(Address.parse(f"[{ip}]:0" if ":" in ip else f"{ip}:0").ip for ip in found)
+        return found
+
+    def _note_relays(self, message: object) -> None:
+        """Their addresses, for the watch over routes."""
+        match message:
+            case client_messages.Init() | gateway_messages.Init():
+                self._relays.clear()
+                relays = message.relays
+            case client_messages.RelaysPresence():
+                for relay_id in message.disconnected_ids:
+                    self._relays.pop(relay_id, None)
+                relays = message.connected
+            case _:
+                return
+        for relay in merge_relays(relays):
+            self._relays[relay.id] = tuple(a.ip for a in (relay.v4, relay.v6) if a is not None)
+        self._watch.note_targets()
+
+    def _far_ends(self) -> Iterator[bytes]:
+        yield from self._portal_ips
+        for addresses in self._relays.values():
+            yield from addresses
+
+    def _own_ips(self) -> tuple[bytes, ...]:
+        return self._tun_ips
+
+    # what comes out of the state
 
     def _hand_up(self) -> None:
         """Runs at the end of each turn: what the state has to say, to the portal, the kernel and the caller."""
@@ -235,6 +358,10 @@ class Tunnel:
                 case SendToPortal(message):
                     if self._link is not None:
                         self._link.send(message)
+                    continue
+                case CheckPortal():
+                    if self._link is not None:
+                        self._link.probe()
                     continue
                 case ForwardQuery() | ResolveName():
                     if self._names is not None:
@@ -245,6 +372,7 @@ class Tunnel:
                         self._spool.configure(settings)
                     continue
                 case TunConfigChanged():
+                    self._tun_ips = (event.ipv4.packed, event.ipv6.packed)
                     self._configs.send_nowait(event)
                 case ResourcesChanged() if isinstance(self._names, ClientNames):
                     self._names.flush_caches()
@@ -333,7 +461,7 @@ def _hardware(role: Role) -> dict[str, str]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-async def _follow_network(interface: Interface) -> None:
+async def _follow_link_scopes(interface: Interface) -> None:
     """Keep the LAN's own routes ahead of the internet resource while networks come and go."""
     monitor = NetworkMonitor()
     try:
@@ -345,21 +473,6 @@ async def _follow_network(interface: Interface) -> None:
                 await trio.to_thread.run_sync(interface.sync_link_scope_routes)
     finally:
         monitor.close()
-
-
-def _bind_sockets(port: int) -> list[UdpSocket]:
-    """A socket for each family this host has."""
-    sockets, errors = [], []
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            sockets.append(UdpSocket.bind(family, port))
-        except OSError as error:
-            errors.append(f"{family.name}: {error.strerror}")
-    if errors:
-        log.debug("no UDP socket of one family", error="; ".join(errors))
-    if not sockets:
-        raise HostError(f"cannot open any UDP socket ({'; '.join(errors)})")
-    return sockets
 
 
 def _apply(interface: Interface, config: TunConfigChanged) -> None:
