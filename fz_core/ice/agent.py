@@ -420,7 +420,7 @@ class Agent:
     def is_silent(self, local: Address, remote: Address) -> bool:
         """Whether this path gave no answers when it was in use, and none since."""
         pair = self._pairs.get((local, remote))
-        return pair is None or pair.is_silent
+        return pair is not None and pair.is_silent
 
     @property
     def has_live_path(self) -> bool:

@@ -19,6 +19,7 @@ from fz_core.ice import (
     Credentials,
     IceState,
     Nominated,
+    PathSilent,
     StateChanged,
     TimingProfile,
 )
@@ -34,6 +35,11 @@ HANDSHAKE_THROTTLE = 20.0
 MAX_IDLE = 20.0
 SILENCE = 15.0
 SIGNAL_INTERVAL = 2.0
+# Data without any answer for so long is a reason to check the path, which a live peer answers at once.
+UNANSWERED = 0.5
+# From a silent path to telling the peer, then again after ever longer gaps, and how long our end is taken back.
+STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
+TAKEN_BACK = 0.1
 BUFFERED_DATAGRAMS = 128
 
 
@@ -129,6 +135,14 @@ class Connection:
         self._handshaken = False
         self._last_activity = now
         self._signalled_at = now - SIGNAL_INTERVAL
+        self.unheard_since: float | None = None  # the first data sent since the peer was last heard
+        self.is_silenced = False
+        self.lasting_silence: Address | None = None
+        self.due_again: Address | None = None
+        self._silent: PathSilent | None = None
+        self._silent_gap = STILL_SILENT_NEXT
+        self._still_silent_at: float | None = None
+        self._taken_back: tuple[float, Address] | None = None
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """Take a candidate of the peer."""
@@ -175,7 +189,24 @@ class Connection:
         if self.state is State.CONNECTED and now >= self._last_activity + MAX_IDLE and self._is_negotiated:
             self.state = State.IDLE
             self.agent.set_profile(self._profiles.idle, now)
+        self._watch_path(now)
         self.dirty = True
+
+    def _watch_path(self, now: float) -> None:
+        if self.unheard_since is not None and now >= self.unheard_since + UNANSWERED:
+            if self.agent.answered_at < self.unheard_since:
+                self.agent.check_selected(now)
+            self.unheard_since = None
+        if self._still_silent_at is not None and now >= self._still_silent_at:
+            self._still_silent_at = None
+            silent = self._silent
+            if silent is not None and self.agent.is_silent(silent.local, silent.remote):
+                self.lasting_silence = silent.local
+                self._taken_back = (now + TAKEN_BACK, silent.local)
+                self._still_silent_at = now + self._silent_gap
+                self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
+        if self._taken_back is not None and now >= self._taken_back[0]:
+            self.due_again, self._taken_back = self._taken_back[1], None
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is next due."""
@@ -187,6 +218,9 @@ class Connection:
             self._candidates_due_at,
             None if self._disconnected_at is None else self._disconnected_at + DISCONNECT_TIMEOUT,
             self._last_activity + MAX_IDLE if self.state is State.CONNECTED and self._is_negotiated else None,
+            None if self.unheard_since is None else self.unheard_since + UNANSWERED,
+            self._still_silent_at,
+            None if self._taken_back is None else self._taken_back[0],
         ]
         self._deadline = min((d for d in due if d is not None), default=None)
         self.dirty = False
@@ -200,6 +234,9 @@ class Connection:
                 self._use(event, now)
             elif isinstance(event, StateChanged):
                 self._disconnected_at = now if event.state is IceState.DISCONNECTED else None
+            elif isinstance(event, PathSilent):
+                self.is_silenced, self._silent = True, event
+                self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STILL_SILENT_FIRST
         while (happened := self.tunnel.poll_event()) is not None:
             if isinstance(happened, SessionEstablished):
                 self._handshaken = True
@@ -218,7 +255,7 @@ class Connection:
 
     def is_silent(self, now: float) -> bool:
         """Whether nothing has come back on the chosen path for longer than a live and busy peer takes."""
-        return self.path is not None and now - self.heard_at > SILENCE
+        return self.path is not None and (now - self.heard_at > SILENCE or not self.agent.has_live_path)
 
     def restart_ice(self, now: float) -> None:
         """Look for a path from the start, and use the old one meanwhile.

@@ -54,6 +54,20 @@ class ConnectionClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerSilent:
+    """No path to the peer gives answers just now; the network under us may have changed."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """Still no answers: the peer may have started anew, which the portal would know. Repeated while it lasts."""
+
+    peer_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class RelaysExhausted:
     """The last relay is gone; the portal must be asked for others."""
 
@@ -65,6 +79,8 @@ NodeEvent = (
     | PathChanged
     | ConnectionFailed
     | ConnectionClosed
+    | PeerSilent
+    | PeerLost
     | RelaysExhausted
 )
 

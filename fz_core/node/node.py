@@ -8,8 +8,7 @@ Source: `spec/connectivity.md` §2, §3.8, §8. Every connection is an ICE one:
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fz_core.crypto import PrivateKey
@@ -19,34 +18,22 @@ from fz_core.ice import (
     SERVER_DEFAULT,
     SERVER_IDLE,
     Candidate,
-    CandidateKind,
-    is_usable,
     optimistic_candidates,
 )
 from fz_core.node.connection import Connection, Parameters, Path, Profiles, State
 from fz_core.node.events import (
-    CandidateAdded,
-    CandidateRemoved,
     ConnectionClosed,
     ConnectionEstablished,
     ConnectionFailed,
     NodeEvent,
     NoRelays,
     PathChanged,
-    RelaysExhausted,
 )
-from fz_core.node.lookup import Connections
+from fz_core.node.relaying import EAGERLY_BOUND, RelayingNode
 from fz_core.packet import Address, DropReason, Transmit
-from fz_core.portal.types import RelayEntry
-from fz_core.stun import Message, is_stun_untrusted
-from fz_core.turn import (
-    Allocation,
-    HostDiscovered,
-    ReflexiveDiscovered,
-    RelayedAdded,
-    RelayedRemoved,
-    Relays,
-)
+from fz_core.stun import Message, build, is_stun_untrusted
+from fz_core.stun.attributes import BINDING, INDICATION, PADDING
+from fz_core.turn import Allocation
 from fz_core.wireguard import RateLimiter, initiator_static_key_untrusted, receiver_index
 
 if TYPE_CHECKING:
@@ -54,70 +41,60 @@ if TYPE_CHECKING:
 
 Datagram = bytes | memoryview
 RELAY_PORT = 3478
-REALM = "firezone"
+CHANNEL_HEADER = 4
+LARGEST_DATAGRAM = 1312  # inner 1280, WireGuard 32
 CLIENT_PROFILES = Profiles(CLIENT_DEFAULT, CLIENT_IDLE)
 GATEWAY_PROFILES = Profiles(SERVER_DEFAULT, SERVER_IDLE)
 PEER_CLIENT_PROFILES = Profiles(CLIENT_DEFAULT, CLIENT_DEFAULT)
-EAGERLY_BOUND = (CandidateKind.RELAY, CandidateKind.SRFLX, CandidateKind.PRFLX)
 
 
-class Node:
+class Node(RelayingNode):
     """All connections of one process. `unix_epoch` is the unix time at `now == 0`."""
 
     def __init__(
         self, private_key: PrivateKey, now: float, unix_epoch: float, random_bytes: Callable[[int], bytes]
     ) -> None:
+        super().__init__(random_bytes)
+        self._unix_epoch = unix_epoch
+        self._take_key(private_key, now)
+
+    def _take_key(self, private_key: PrivateKey, now: float) -> None:
         self._private_key = private_key
         self.public_key: bytes = private_key.public
-        self._unix_epoch = unix_epoch
-        self._random_bytes = random_bytes
-        self._rate_limiter = RateLimiter(private_key, now, random_bytes)
-        self._relays = Relays(random_bytes)
-        self._connections = Connections()
-        self._transmits: deque[Transmit] = deque()
-        self._events: deque[NodeEvent] = deque()
+        self._rate_limiter = RateLimiter(private_key, now, self._random_bytes)
 
-    # relays
+    def reset(self, private_key: PrivateKey, now: float) -> None:
+        """Our network changed: relays are asked anew, and all connections end, to be made again with a new key.
 
-    def update_relays(self, removed: Iterable[str], added: Iterable[RelayEntry], now: float) -> None:
-        """Forget and take up relays as the portal says; relays not mentioned are checked at once."""
-        listed = {entry.id: entry for entry in added}
-        for relay_id in removed:
-            self._drop_relay(relay_id, now)
-        for entry in listed.values():
-            addresses = (entry.v4, entry.v6)
-            known = self._relays.get(entry.id)
-            if known is None or not known.matches(addresses, entry.username, entry.password):
-                self._drop_relay(entry.id, now)
-                self._relays.add(
-                    Allocation(entry.id, addresses, entry.username, entry.password, REALM, now, self._random_bytes)
-                )
-        for allocation in self._relays:
-            if allocation.relay_id not in listed:
-                allocation.refresh(now)
-        self._settle_relays(now)
-        self._migrate(now)
-
-    @property
-    def relay_count(self) -> int:
-        """How many relays are known."""
-        return len(self._relays)
-
-    @property
-    def has_relay(self) -> bool:
-        """Whether a connection could be made now."""
-        return any(allocation.rtt is not None for allocation in self._relays)
+        No goodbye is sent, for nothing may get through. Events and datagrams not yet taken are lost.
+        Source: `spec/connectivity.md` §8.9.
+        """
+        self._transmits.clear()
+        self._events.clear()
+        for peer_id in self.peers:
+            self._connections.remove(peer_id)
+            self._events.append(ConnectionClosed(peer_id))
+        self._take_key(private_key, now)
+        for relay in self._relays:
+            relay.restart(now)
+            while relay.poll_event() is not None:
+                pass  # no connection is left to hear of it
+            self._drain_relay(relay)
+        self._retries.clear()
 
     # connections
 
     def upsert_connection(
         self, peer_id: str, parameters: Parameters, now: float, profiles: Profiles = CLIENT_PROFILES
-    ) -> None:
-        """Make a connection, or wake the one that has the same parameters. NoRelays if there is no relay."""
+    ) -> bool:
+        """Make a connection, or wake the one that has the same parameters; whether it is a new one.
+
+        NoRelays if there is no relay.
+        """
         connection = self._connections.by_peer.get(peer_id)
         if connection is not None and connection.parameters == parameters:
             self._reuse(connection, now)
-            return
+            return False
         relay = self._relays.choose()
         if relay is None:
             raise NoRelays
@@ -139,6 +116,7 @@ class Node:
             connection.agent.add_local_candidate(candidate, now)
         self._signal_candidates(connection)
         self._settle(connection, now)
+        return True
 
     def _reuse(self, connection: Connection, now: float) -> None:
         """The peer may have lost what we told it: say it again, with what was learnt since (§8.3)."""
@@ -209,10 +187,30 @@ class Node:
         connection = self._connections.by_peer.get(peer_id)
         return connection is not None and connection.is_ready
 
+    def is_busy(self, peer_id: str) -> bool:
+        """Whether packets were exchanged with this peer lately, or are about to be."""
+        connection = self._connections.by_peer.get(peer_id)
+        return connection is not None and connection.state is not State.IDLE
+
     def path(self, peer_id: str) -> Path | None:
         """Where data to this peer travels; the same object until that changes."""
         connection = self._connections.by_peer.get(peer_id)
         return None if connection is None else connection.path
+
+    def first_hop(self, peer_id: str) -> tuple[Address, Address | None, int] | None:
+        """Where datagrams for a peer leave to, from where (None: any), and the bytes a relay's header adds."""
+        path = self.path(peer_id)
+        if path is None or not path.via_relay:
+            return None if path is None else (path.remote, path.local, 0)
+        relay = self._owner_of(path.local)
+        return None if relay is None or relay.server is None else (relay.server, None, CHANNEL_HEADER)
+
+    def probe_mtu(self, peer_id: str, now: float) -> None:
+        """Send a datagram as large as any, so that a router that cannot pass it says so; the peer ignores it."""
+        connection = self._connections.by_peer.get(peer_id)
+        if connection is not None and connection.path is not None:
+            padding = ((PADDING, bytes(LARGEST_DATAGRAM - 24)),)
+            self._send_on_path(connection, build(BINDING, INDICATION, self._random_bytes(12), padding), now)
 
     @property
     def peers(self) -> list[str]:
@@ -236,6 +234,8 @@ class Node:
             return sealed
         connection.dirty = True
         connection._last_activity = now
+        if connection.unheard_since is None:
+            connection.unheard_since = now
         if connection.state is State.IDLE:
             connection.touch(now)
             self._settle(connection, now)
@@ -244,7 +244,7 @@ class Node:
             return DropReason.NOT_CONNECTED
         if not path.via_relay:
             return Transmit(sealed, path.remote, path.local, ecn)
-        relay = self._relays.get(connection.relay_id)
+        relay = self._owner_of(path.local)
         if relay is None:
             return DropReason.NO_CHANNEL
         sent = relay.encapsulate(path.remote, sealed, now)
@@ -302,12 +302,14 @@ class Node:
                 connection.handle_timeout(now)
                 self._settle(connection, now)
         self._dispose_relays(now)
+        self._retry_relays(now)
         self._migrate(now)
 
     def poll_timeout(self) -> float | None:
         """When `handle_timeout` is next due."""
         due = [allocation.poll_timeout() for allocation in self._relays]
         due += [connection.deadline() for connection in self._connections.by_peer.values()]
+        due += [at for at, _ in self._retries.values()]
         return min((d for d in due if d is not None), default=None)
 
     def poll_transmit(self) -> Transmit | None:
@@ -343,6 +345,7 @@ class Node:
         connection.dirty = True
         if isinstance(opened, bytes):
             connection.heard_at = now
+            connection.unheard_since = None
         if isinstance(opened, bytes) and opened:
             connection._last_activity = now
             if connection.state is State.IDLE or not connection.established:
@@ -388,6 +391,8 @@ class Node:
             connection = self._connections.by_username(message.username or "")
         elif message.is_success:
             connection = self._connections.answered(message.transaction_id, now)
+        elif message.cls == INDICATION:
+            return None  # a peer's `probe_mtu`
         else:
             return DropReason.STUN_UNEXPECTED
         if connection is None:
@@ -410,6 +415,15 @@ class Node:
             self._events.append(
                 PathChanged(connection.peer_id, str(path.local), str(path.remote), path.via_relay or path.to_relay)
             )
+        if connection.is_silenced:
+            connection.is_silenced = False
+            self._handle_silence(connection, now)
+        if connection.lasting_silence is not None:
+            base, connection.lasting_silence = connection.lasting_silence, None
+            self._handle_lasting_silence(connection, base, now)
+        if connection.due_again is not None:
+            base, connection.due_again = connection.due_again, None
+            self._announce_again(connection, base)
         if connection.is_ready and not connection.established:
             connection.established = True
             self._events.append(ConnectionEstablished(connection.peer_id))
@@ -424,152 +438,3 @@ class Node:
         if relay is not None:
             relay.refresh(now)
             self._drain_relay(relay)
-
-    def _send_check(self, connection: Connection, check: Transmit, now: float) -> None:
-        # Byte 0 of a STUN request is 0 and of a response 1; only requests expect an answer.
-        if check.payload[0] == 0:
-            self._connections.expect(check.payload[8:20], connection, now)
-        assert check.local is not None
-        if self._owner_of(check.local) is None and _is_relayed(connection, check.local):
-            return  # the relay went this moment; the candidate follows
-        self._send_from(check.local, check.remote, check.payload, now)
-
-    def _send_on_path(self, connection: Connection, datagram: bytes, now: float) -> None:
-        path = connection.path
-        assert path is not None
-        if path.via_relay and self._owner_of(path.local) is None:
-            return  # the relay is gone, and its address was never one of this host
-        self._send_from(path.local, path.remote, datagram, now)
-
-    def _send_from(self, local: Address, remote: Address, payload: bytes, now: float) -> None:
-        """Send from a host address, or through the relay that owns `local`."""
-        relay = self._owner_of(local)
-        if relay is None:
-            self._transmits.append(Transmit(payload, remote, local))
-            return
-        wrapped = relay.encapsulate(remote, payload, now)
-        if isinstance(wrapped, Transmit):
-            self._transmits.append(wrapped)
-        self._drain_relay(relay)
-
-    def _drain_relay(self, relay: Allocation) -> None:
-        while (transmit := relay.poll_transmit()) is not None:
-            self._transmits.append(transmit)
-
-    def _owner_of(self, relayed: Address) -> Allocation | None:
-        for relay in self._relays:
-            if relayed in (relay.relayed_v4, relay.relayed_v6):
-                return relay
-        return None
-
-    def _settle_relays(self, now: float) -> None:
-        for relay in self._relays:
-            relay_id = relay.relay_id
-            while (event := relay.poll_event()) is not None:
-                match event:
-                    case HostDiscovered(address):
-                        self._offer(Candidate.host(address), relay_id, now)
-                    case ReflexiveDiscovered(address, base):
-                        self._offer(Candidate.srflx(address, base), relay_id, now)
-                        if relay.relayed_v4 is not None or relay.relayed_v6 is not None:
-                            relay.refresh(now)  # a NAT gave us another port: the relay may not know us there
-                    case RelayedAdded(address, server_is_ipv4):
-                        self._offer(Candidate.relay(address, server_is_ipv4), relay_id, now)
-                        for connection in self._connections.by_peer.values():
-                            if connection.relay_id == relay_id:
-                                self._bind_remotes(connection, relay, now)
-                    case RelayedRemoved(address):
-                        self._withdraw(address, now)
-            self._drain_relay(relay)
-
-    # candidates
-
-    def _offer(self, candidate: Candidate, relay_id: str, now: float) -> None:
-        for connection in list(self._connections.by_peer.values()):
-            if connection.relay_id != relay_id or not is_usable(candidate.address.ip):
-                continue
-            ranked = connection.agent.add_local_candidate(candidate, now)
-            if ranked is not None:
-                connection.touch(now)
-                self._signal(connection, ranked)
-                self._settle(connection, now)
-
-    def _bind_remotes(self, connection: Connection, relay: Allocation, now: float) -> None:
-        """A new allocation has no channels yet, but the peer's candidates are known."""
-        for remote in connection.agent.remote_candidates:
-            if remote.kind in EAGERLY_BOUND:
-                relay.bind_channel(remote.address, now)
-
-    def _withdraw(self, relayed: Address, now: float) -> None:
-        for connection in list(self._connections.by_peer.values()):
-            for candidate in connection.agent.local_candidates:
-                if candidate.kind is CandidateKind.RELAY and candidate.address == relayed:
-                    connection.agent.remove_local_candidate(candidate, now)
-                    self._events.append(CandidateRemoved(connection.peer_id, candidate.to_invalidation()))
-                    self._settle(connection, now)
-                    break
-
-    def _initial_candidates(self, chosen: Allocation | None) -> list[Candidate]:
-        found: dict[tuple[CandidateKind, Address], Candidate] = {}
-        for relay in self._relays:
-            for candidate in _candidates_of(relay, with_relayed=relay is chosen):
-                found.setdefault((candidate.kind, candidate.address), candidate)
-        return sorted(found.values(), key=lambda c: -c.priority)
-
-    def _signal_candidates(self, connection: Connection) -> None:
-        for candidate in connection.agent.local_candidates:
-            self._signal(connection, candidate)
-
-    def _signal(self, connection: Connection, candidate: Candidate) -> None:
-        if candidate.kind is not CandidateKind.PRFLX:
-            line = candidate.to_sdp(connection.parameters.local.ufrag)
-            self._events.append(CandidateAdded(connection.peer_id, line))
-
-    # relays going away
-
-    def _drop_relay(self, relay_id: str, now: float) -> None:
-        relay = self._relays.remove(relay_id)
-        if relay is not None:
-            for address in (relay.relayed_v4, relay.relayed_v6):
-                if address is not None:
-                    self._withdraw(address, now)
-
-    def _dispose_relays(self, now: float) -> None:
-        dead = [relay for relay in self._relays if relay.free_reason is not None]
-        for relay in dead:
-            self._drop_relay(relay.relay_id, now)
-        if dead and len(self._relays) == 0:
-            self._events.append(RelaysExhausted())
-
-    def _migrate(self, now: float) -> None:
-        """Move connections whose relay is gone to another one, once one has answered."""
-        for connection in list(self._connections.by_peer.values()):
-            if self._relays.get(connection.relay_id) is not None:
-                continue
-            relay = self._relays.choose()
-            if relay is None:
-                return
-            connection.relay_id = relay.relay_id
-            self._bind_remotes(connection, relay, now)
-            for candidate in _candidates_of(relay, with_relayed=True):
-                ranked = connection.agent.add_local_candidate(candidate, now)
-                if ranked is not None:
-                    self._signal(connection, ranked)
-            self._drain_relay(relay)
-            self._settle(connection, now)
-
-
-def _is_relayed(connection: Connection, local: Address) -> bool:
-    return any(c.kind is CandidateKind.RELAY and c.base == local for c in connection.agent.local_candidates)
-
-
-def _candidates_of(relay: Allocation, *, with_relayed: bool) -> list[Candidate]:
-    """What one allocation has learnt about our addresses."""
-    candidates = [Candidate.host(address) for address in relay.host_addresses]
-    candidates += [Candidate.srflx(address, base) for address, base in relay.reflexive]
-    if with_relayed:
-        server_is_ipv4 = relay.server is not None and relay.server.is_ipv4
-        for relayed in (relay.relayed_v4, relay.relayed_v6):
-            if relayed is not None:
-                candidates.append(Candidate.relay(relayed, server_is_ipv4))
-    return [c for c in candidates if is_usable(c.address.ip)]

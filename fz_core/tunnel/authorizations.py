@@ -13,6 +13,9 @@ BUFFERED_PACKETS = 128
 BUFFERED_QUERIES = 128
 MAX_PENDING = 1024
 RETRY_INTERVAL = 2.0
+# Where nobody serves a resource, a gateway may be about to return; ask a little later.
+REFUSED_INTERVAL = 0.25
+LONG_AGO = float("-inf")
 
 
 class AccessKey(NamedTuple):
@@ -43,12 +46,16 @@ class PendingAuthorizations:
 
     def __init__(self) -> None:
         self._pending: dict[AccessKey, _Pending] = {}
+        self._refused_at: dict[AccessKey, float] = {}
 
     def __contains__(self, key: AccessKey) -> bool:
         return key in self._pending
 
     def trigger(self, key: AccessKey, now: float, *, packet: Packet | None = None, query: Any = None) -> bool:
         """Note that access is wanted; True when the portal must be asked (again) now."""
+        refused_at = self._refused_at.get(key)
+        if refused_at is not None and now - refused_at < REFUSED_INTERVAL:
+            return False
         entry = self._pending.get(key)
         due = entry is None or now - entry.requested_at >= RETRY_INTERVAL
         if entry is None:
@@ -63,6 +70,12 @@ class PendingAuthorizations:
             entry.queries.append(query)
         return due
 
+    def unanswered(self) -> list[AccessKey]:
+        """The portal went away with these questions, which may be asked again at once."""
+        for entry in self._pending.values():
+            entry.requested_at = LONG_AGO
+        return list(self._pending)
+
     def resolve(self, key: AccessKey) -> Waiting | None:
         """The answer came: what waited for it, or None if nobody asked."""
         entry = self._pending.pop(key, None)
@@ -71,6 +84,13 @@ class PendingAuthorizations:
     def devices(self, *addresses: bytes) -> Iterator[AccessKey]:
         """Keys that ask for a device with one of these addresses."""
         return iter([key for key in self._pending if key.device in addresses])
+
+    def refuse(self, key: AccessKey, now: float) -> None:
+        """Nobody can serve it now: forget the request and its packets, and do not ask again at once."""
+        self._pending.pop(key, None)
+        if len(self._refused_at) >= MAX_PENDING:
+            self._refused_at.clear()
+        self._refused_at[key] = now
 
     def drop(self, key: AccessKey) -> None:
         """Forget a request and its packets."""

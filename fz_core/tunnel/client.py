@@ -17,7 +17,7 @@ from fz_core.portal.types import DynamicDevicePool, Interface, merge_relays
 from fz_core.tunnel import control
 from fz_core.tunnel.authorizations import AccessKey
 from fz_core.tunnel.client_dns import DNS_PORT, ClientDns, SiteAsker
-from fz_core.tunnel.client_peers import PeerTunnel
+from fz_core.tunnel.client_peers import MAX_RESUMED, PeerTunnel
 from fz_core.tunnel.events import (
     AccessEnded,
     ConnectionDown,
@@ -104,11 +104,14 @@ class ClientTunnel(PeerTunnel):
     def _handle_candidates(self, message: messages.Inbound, now: float) -> None:
         match message:
             case messages.GatewayIceCandidates(peer_id, lines) | messages.ClientIceCandidates(peer_id, lines):
+                if not self.node.is_known(peer_id):
+                    self._early.add(peer_id, lines, now)
                 for line in lines:
                     self.node.add_remote_candidate(peer_id, line, now)
             case messages.InvalidateGatewayIceCandidates(peer_id, lines) | messages.InvalidateClientIceCandidates(
                 peer_id, lines
             ):
+                self._early.withdraw(peer_id, lines)
                 for line in lines:
                     self.node.remove_remote_candidate(peer_id, line, now)
 
@@ -125,6 +128,11 @@ class ClientTunnel(PeerTunnel):
         if self._dns.set_system_resolvers(ips):
             self._config.is_due = True
 
+    def handle_portal_disconnected(self, now: float) -> None:
+        """The portal is away; tunnels go on, candidates are held back, questions will be asked again."""
+        super().handle_portal_disconnected(now)
+        self._resume += self._pending.unanswered()
+
     def handle_dns_result(self, token: int, reply: bytes | None, now: float, *, timed_out: bool = False) -> None:
         """The end of a `ForwardQuery`: the server's reply, or None."""
         self._dns.handle_result(token, reply, now, timed_out=timed_out)
@@ -137,6 +145,22 @@ class ClientTunnel(PeerTunnel):
     def restore_dns_records(self, records: Iterable[DnsRecord]) -> None:
         """Take over the names of an earlier session, before anything else."""
         self._names.restore(records)
+
+    def reset(self, now: float) -> None:
+        """The network under us changed: begin anew with relays and peers, under a new key.
+
+        The owner gives us new sockets before this and a new link to the portal after it, with `public_key`; what was in
+        use is asked for again as soon as that stands. Source: `spec/connectivity.md` §8.9, `spec/io.md` §3.9.
+        """
+        busy = [peer_id for peer_id in self.node.peers if self.node.is_busy(peer_id)]
+        self._resume += [key for peer_id in busy for key in self._keys_of(peer_id)]
+        self._dns.reset()
+        self._transmits.clear()
+        peers = self.node.peers
+        self.node.reset(PrivateKey(self._random_bytes(32)), now)
+        for peer_id in peers:
+            self._handle_connection_lost(peer_id, "the network changed", now)
+        self._collect(now)
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
@@ -343,6 +367,7 @@ class ClientTunnel(PeerTunnel):
         self._configure(message.interface)
         self._configure_flow_logs(message.flow_logs, now)
         self._resync_grants(message.authorizations, now)
+        self._resume_access(now)
 
     def _configure(self, interface: Interface) -> None:
         self._interface = interface
@@ -423,11 +448,17 @@ class ClientTunnel(PeerTunnel):
             iceless=message.use_iceless,
         )
         try:
-            self.node.upsert_connection(message.gateway_id, parameters, now, CLIENT_PROFILES)
+            is_new = self._connect(message.gateway_id, parameters, CLIENT_PROFILES, now)
         except NoRelays:
             # The request stays open with its packets, so that traffic asks again, but not at once.
             self._events.append(SendToPortal(messages.NoRelays()))
             return
+        if is_new and self._gateways.resources_of(message.gateway_id):
+            # It started anew, and what it granted before is gone: ask for that again.
+            lost = self._keys_of(message.gateway_id)
+            self._forget_peer(message.gateway_id, "the gateway started anew", now)
+            for gone in lost[-MAX_RESUMED:]:
+                self._request(gone, now)
         tunnel_ips = (message.gateway_ipv4.packed, message.gateway_ipv6.packed)
         self._gateways.authorize(message.gateway_id, tunnel_ips, resource.id, self.resources.networks_of(resource.id))
         self.flows.learn(message.gateway_id, resource.id, message.ingest_token)
@@ -446,7 +477,7 @@ class ClientTunnel(PeerTunnel):
         self._events.append(ResourceOffline(resource_id, reason))
         if reason != "offline":
             return
-        self._pending.drop(AccessKey(resource_id))
+        self._pending.refuse(AccessKey(resource_id), now)
         resource = self.resources.get(resource_id)
         if resource is not None and hasattr(resource, "sites"):
             self._sites.handle_offline((site.id for site in resource.sites), now)

@@ -12,13 +12,13 @@ from ipaddress import IPv4Address, ip_address
 
 from fz_core.crypto import PrivateKey
 from fz_core.dns import NameEntry, ProxyNames
-from fz_core.node import PEER_CLIENT_PROFILES, NoRelays
+from fz_core.node import PEER_CLIENT_PROFILES, NoRelays, Parameters, Profiles
 from fz_core.packet import DropReason, IcmpErrorKind, Packet, build_icmp_prohibited
 from fz_core.portal import client as messages
 from fz_core.portal.types import Authorization, Interface
 from fz_core.tunnel import control
 from fz_core.tunnel.authorizations import RETRY_INTERVAL, AccessKey, PendingAuthorizations
-from fz_core.tunnel.candidates import CandidateBatch
+from fz_core.tunnel.candidates import CandidateBatch, EarlyCandidates
 from fz_core.tunnel.client_dns import SiteAsker
 from fz_core.tunnel.events import (
     AccessEnded,
@@ -38,6 +38,8 @@ from fz_core.tunnel.role import TunnelRole, connection_parameters
 from fz_core.tunnel.status import Sites
 from fz_core.tunnel.traffic import outbound
 from fz_core.tunnel.waiting import WaitingPackets
+
+MAX_RESUMED = 32
 
 
 class PeerTunnel(TunnelRole):
@@ -62,6 +64,8 @@ class PeerTunnel(TunnelRole):
         self._pending = PendingAuthorizations()
         self._refused_at: dict[AccessKey, float] = {}
         self._waiting = WaitingPackets()
+        self._early = EarlyCandidates()
+        self._resume: list[AccessKey] = []
         self._views: Latest[ResourcesChanged] = Latest()
         self._interface: Interface | None = None
 
@@ -105,6 +109,13 @@ class PeerTunnel(TunnelRole):
             )
         self._events.append(SendToPortal(request))
 
+    def _connect(self, peer_id: str, parameters: Parameters, profiles: Profiles, now: float) -> bool:
+        """Make or wake a connection, with what the peer told of itself before; whether it is a new one."""
+        is_new = self.node.upsert_connection(peer_id, parameters, now, profiles)
+        for line in self._early.take(peer_id, now):
+            self.node.add_remote_candidate(peer_id, line, now)
+        return is_new
+
     def _await_connection(self, peer_id: str) -> None:
         if self.node.is_ready(peer_id):
             self._sites.handle_connected(peer_id)
@@ -145,12 +156,33 @@ class PeerTunnel(TunnelRole):
 
     def _candidate_messages(self, batch: CandidateBatch) -> Iterator[messages.Outbound]:
         is_client = self._peers.get(batch.peer_id) is not None
-        if batch.added:
-            new = messages.NewClientIceCandidates if is_client else messages.NewGatewayIceCandidates
-            yield new(batch.peer_id, batch.added)
         if batch.removed:
             withdraw = messages.WithdrawClientIceCandidates if is_client else messages.WithdrawGatewayIceCandidates
             yield withdraw(batch.peer_id, batch.removed)
+        if batch.added:
+            new = messages.NewClientIceCandidates if is_client else messages.NewGatewayIceCandidates
+            yield new(batch.peer_id, batch.added)
+
+    # silent and lost peers
+
+    def _handle_peer_lost(self, peer_id: str, now: float) -> None:
+        """No path answers: if the peer has started anew, the portal knows its new key."""
+        for key in self._keys_of(peer_id)[:1]:
+            self._request(key, now)
+
+    def _keys_of(self, peer_id: str) -> list[AccessKey]:
+        """What we have access to through a peer."""
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return [AccessKey(resource_id) for resource_id in self._gateways.resources_of(peer_id)]
+        return [AccessKey(resource_id, peer.ips[0]) for resource_id in sorted(peer.pools)]
+
+    def _resume_access(self, now: float) -> None:
+        """Ask again for what was in use before a reset: the far end may be the one that has something to say."""
+        keys, self._resume = dict.fromkeys(self._resume), []
+        for key in list(keys)[-MAX_RESUMED:]:
+            if self.resources.get(key.resource_id) is not None:
+                self._request(key, now)
 
     # other clients
 
@@ -204,7 +236,7 @@ class PeerTunnel(TunnelRole):
             iceless=message.use_iceless,
         )
         try:
-            self.node.upsert_connection(message.client_id, parameters, now, PEER_CLIENT_PROFILES)
+            self._connect(message.client_id, parameters, PEER_CLIENT_PROFILES, now)
         except NoRelays:
             self._events.append(SendToPortal(messages.NoRelays()))
             return

@@ -138,6 +138,8 @@ class GatewayTunnel(TunnelRole):
             return DropReason.NO_PEER_STATE if packet.dst in PEER_RANGE else DropReason.NOT_A_PEER
         tracker = self.flows.tracker
         flow = None if tracker is None else tracker.match_rx(client_id, packet, now)
+        # Whoever sent what does not fit must be told in terms of what it sent, and `admit` translates in place.
+        as_received = packet.copy() if self.path_mtus.limits and client_id in self.path_mtus.limits else None
         admitted = self._clients[client_id].admit(packet, now)
         if isinstance(admitted, DropReason):
             return admitted
@@ -146,7 +148,7 @@ class GatewayTunnel(TunnelRole):
             return DropReason.TOO_BIG
         if packet.tcp_flags & (FIN | RST):
             self._look_by(now, now)
-        reason = self._transmit(client_id, admitted, now)
+        reason = self._transmit(client_id, admitted, now, as_received)
         if tracker is not None and flow is not None and reason is None:
             tracker.count_rx(flow, admitted, now)
         return reason
@@ -437,10 +439,10 @@ class GatewayTunnel(TunnelRole):
     # what the node reports
 
     def _candidate_messages(self, batch: CandidateBatch) -> Iterator[messages.Outbound]:
-        if batch.added:
-            yield messages.BroadcastIceCandidates((batch.peer_id,), batch.added)
         if batch.removed:
             yield messages.BroadcastInvalidatedIceCandidates((batch.peer_id,), batch.removed)
+        if batch.added:
+            yield messages.BroadcastIceCandidates((batch.peer_id,), batch.added)
 
     def _handle_connected(self, peer_id: str, now: float) -> None:
         """A gateway keeps no packets back."""

@@ -69,6 +69,11 @@ class Gateways:
                 del self._by_tunnel_ip[ip]
         return True
 
+    def resources_of(self, gateway_id: str) -> tuple[str, ...]:
+        """Ids of what a live gateway serves, the latest at the end."""
+        gateway = self._live.get(gateway_id)
+        return () if gateway is None else tuple(gateway.resources)
+
     def serving(self, resource_id: str) -> str | None:
         """The gateway authorized for this resource."""
         return self._by_resource.get(resource_id)

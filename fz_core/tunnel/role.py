@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fz_core.crypto import PrivateKey
@@ -19,8 +19,17 @@ from fz_core.portal.client import NoRelays, SetSnownetCapabilities
 from fz_core.portal.types import FlowLogs, IceCredentials
 from fz_core.tunnel.candidates import CandidateBatch, CandidateOutbox
 from fz_core.tunnel.errors import PacketError
-from fz_core.tunnel.events import ConnectionUp, FlowLogsConfigured, PathInUse, SendToPortal, TunnelEvent
+from fz_core.tunnel.events import (
+    CheckPortal,
+    ConnectionUp,
+    FlowLogsConfigured,
+    PathInUse,
+    PathMtuChanged,
+    SendToPortal,
+    TunnelEvent,
+)
 from fz_core.tunnel.flow_tracking import FlowTracking
+from fz_core.tunnel.path_mtu import SYN, Hop, PathMtus
 
 # Drops that are nobody's mistake: counted, but no error.
 SILENT = frozenset({DropReason.MULTICAST, DropReason.UNMAPPED_SENTINEL})
@@ -38,14 +47,21 @@ class TunnelRole(ABC):
         flows: FlowTracking,
     ) -> None:
         self.node = Node(private_key, now, unix_epoch, random_bytes)
+        self._random_bytes = random_bytes
         self.flows = flows
         self.drops = DropCounter()
+        self.path_mtus = PathMtus()
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._candidates = CandidateOutbox()
         self._portal_is_up = False
         self._transmits: deque[Transmit] = deque()
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
+
+    @property
+    def public_key(self) -> bytes:
+        """Our key, which the portal must be told at each connect."""
+        return self.node.public_key
 
     # commands
 
@@ -90,10 +106,18 @@ class TunnelRole(ABC):
         packet = Packet.parse_untrusted(plaintext)
         if isinstance(packet, DropReason):
             return self._drop(packet, remote, local)
+        if self.path_mtus.limits and packet.tcp_flags & SYN:
+            self.path_mtus.clamp(peer_id, packet)
         reason = self._accept(peer_id, packet, ecn, now)
         if self.node.has_events:
             self._collect(now)
         return None if reason is None else self._drop(reason, remote, local)
+
+    def handle_path_mtu(self, remote: Address, mtu: int, now: float) -> None:
+        """What the kernel knows of the largest IP packet that passes to an address; asked by `path_mtus`."""
+        for peer_id in self.path_mtus.set_mtu(remote, mtu, now):
+            self.node.probe_mtu(peer_id, now)
+        self._tell_path_mtus()
 
     # time and output
 
@@ -138,18 +162,58 @@ class TunnelRole(ABC):
     @abstractmethod
     def _handle_connection_lost(self, peer_id: str, reason: str, now: float) -> None: ...
 
+    def _handle_peer_lost(self, peer_id: str, now: float) -> None:  # noqa: B027  # a gateway waits for its clients
+        """No path to a peer works, for longer than a moment."""
+
     @abstractmethod
     def _handle_connected(self, peer_id: str, now: float) -> None: ...
 
     # shared by the roles
 
-    def _transmit(self, peer_id: str, packet: Packet, now: float) -> DropReason | None:
+    def _transmit(
+        self, peer_id: str, packet: Packet, now: float, as_received: Packet | None = None
+    ) -> DropReason | None:
+        """Encrypt and queue a packet; `as_received` is what it was before translation, if that may matter."""
+        if self.path_mtus.limits:
+            fitting = self.path_mtus.fit(peer_id, packet)
+            if fitting is not None:
+                return self._transmit_fitting(peer_id, packet, fitting, as_received or packet, now)
+        return self._seal(peer_id, packet, now)
+
+    def _transmit_fitting(
+        self, peer_id: str, packet: Packet, fitting: Sequence[Packet], as_received: Packet, now: float
+    ) -> DropReason | None:
+        """On a path too narrow for a packet: tell its sender, and send what can be sent instead."""
+        growth = len(packet) - len(as_received)
+        complaint = self.path_mtus.complaint(peer_id, as_received, growth, now)
+        if complaint is not None:
+            self._packets.append(complaint)
+        if not fitting:
+            return DropReason.TOO_BIG
+        for piece in fitting:
+            reason = self._seal(peer_id, piece, now)
+            if reason is not None:
+                return reason
+        return None
+
+    def _seal(self, peer_id: str, packet: Packet, now: float) -> DropReason | None:
         sent = self.node.encapsulate(peer_id, packet, packet.ecn, now)
         if isinstance(sent, DropReason):
             return sent
         if sent is not None:
             self._transmits.append(sent)
         return None
+
+    def _use_path(self, peer_id: str, now: float) -> None:
+        """Data of a peer travels another way: what fits there?"""
+        hop = self.node.first_hop(peer_id)
+        if hop is not None:
+            self.path_mtus.use_path(peer_id, Hop(*hop), self.node.peers, now)
+            self._tell_path_mtus()
+            self.node.probe_mtu(peer_id, now)
+
+    def _tell_path_mtus(self) -> None:
+        self._events.extend(PathMtuChanged(*change) for change in self.path_mtus.take_changes())
 
     def _deliver(self, packet: Packet, ecn: int) -> None:
         if ecn:
@@ -173,11 +237,16 @@ class TunnelRole(ABC):
                     self._handle_connected(peer_id, now)
                 case node_events.PathChanged(peer_id, local, remote, relayed):
                     self._events.append(PathInUse(peer_id, local, remote, relayed))
+                    self._use_path(peer_id, now)
                 case node_events.ConnectionFailed(peer_id, reason):
                     self._candidates.forget(peer_id)
                     self._handle_connection_lost(peer_id, reason, now)
                 case node_events.ConnectionClosed(peer_id):
                     self._candidates.forget(peer_id)
+                case node_events.PeerSilent():
+                    self._events.append(CheckPortal())
+                case node_events.PeerLost(peer_id):
+                    self._handle_peer_lost(peer_id, now)
                 case node_events.RelaysExhausted():
                     self._events.append(SendToPortal(NoRelays()))
         if self._portal_is_up:

@@ -1,7 +1,14 @@
 """TURN: the client of one relay, and a relay's protocol (floor 2)."""
 
 from fz_core.turn.client import Allocation
-from fz_core.turn.events import HostDiscovered, ReflexiveDiscovered, RelayedAdded, RelayedRemoved, TurnEvent
+from fz_core.turn.events import (
+    HostDiscovered,
+    ReflexiveDiscovered,
+    ReflexiveRemoved,
+    RelayedAdded,
+    RelayedRemoved,
+    TurnEvent,
+)
 from fz_core.turn.relays import Relays, choose_relay, rtt_threshold
 from fz_core.turn.server import (
     ChannelBound,
@@ -21,6 +28,7 @@ __all__ = [
     "HostDiscovered",
     "PortFreed",
     "ReflexiveDiscovered",
+    "ReflexiveRemoved",
     "RelayCommand",
     "RelayServer",
     "RelayedAdded",

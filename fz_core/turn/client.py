@@ -53,6 +53,7 @@ from fz_core.turn.credentials import Credentials
 from fz_core.turn.events import (
     HostDiscovered,
     ReflexiveDiscovered,
+    ReflexiveRemoved,
     RelayedAdded,
     RelayedRemoved,
     TurnEvent,
@@ -112,6 +113,7 @@ class Allocation:
         self._refresh_due_at: float | None = None
         self._active_at = now
         self._is_suspended = False
+        self._is_probing = False
         self._has_protocol_failure = False
         for address in self.server_addresses:
             self._send_binding(address, now)
@@ -164,6 +166,11 @@ class Allocation:
             return "authentication error"
         return "no response received" if self._server is None else None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the relay will not have us, so that asking again is of no use."""
+        return self._has_protocol_failure or self._credentials is None
+
     def matches(self, addresses: tuple[Address | None, Address | None], username: str, password: str) -> bool:
         """Whether a relay entry of the portal is this very allocation."""
         known = tuple(address for address in addresses if address is not None)
@@ -195,6 +202,17 @@ class Allocation:
                 self._send_refresh(now, max_elapsed=REQUEST_TIMEOUT)
         elif self._server is not None and not len(self._requests):
             self._send_allocate(now)
+
+    def probe(self, now: float) -> None:
+        """Peers are silent, perhaps because the network changed: does the relay answer, and where does it see us?
+
+        A changed address, or the REFRESH that follows the answer, tells whether it still knows our allocation.
+        """
+        if self._credentials is None or self._is_suspended or self._server is None:
+            self.refresh(now)
+        elif not self._requests.has_to(BINDING, self._server):
+            self._is_probing = True
+            self._send_binding(self._server, now)
 
     def restart(self, now: float) -> None:
         """The network changed: forget all about it and begin anew with the same credentials."""
@@ -305,13 +323,19 @@ class Allocation:
         if self._hosts.get(family) != local:
             self._hosts[family] = local
             self._events.append(HostDiscovered(local))
-        if self._reflexives.get(family) != (mapped, local):
+        known = self._reflexives.get(family)
+        if known != (mapped, local):
             self._reflexives[family] = (mapped, local)
             self._events.append(ReflexiveDiscovered(mapped, local))
+            if known is not None:
+                self._events.append(ReflexiveRemoved(*known))
         if self._server is None:
             self._server = request.destination
             self._active_at = now
             self._send_allocate(now)
+        elif self._is_probing or known not in (None, (mapped, local)):
+            self._is_probing = False
+            self.refresh(now)  # if a NAT gave us another address, the relay does not know us there
 
     def _handle_allocated(self, message: Message, now: float) -> None:
         lifetime = message.lifetime
@@ -450,7 +474,7 @@ class Allocation:
     def _give_up(self, request: Request) -> None:
         self._requests.remove(request)
         if self._server is not None and request.destination.is_ipv4 == self._server.is_ipv4:
-            self._server = None
+            self._server = self._rtt = None
             self._invalidate()
 
     # Sending

@@ -23,6 +23,14 @@ class ReflexiveDiscovered:
 
 
 @dataclass(frozen=True, slots=True)
+class ReflexiveRemoved:
+    """The relay no longer sees us at `address`."""
+
+    address: Address
+    base: Address
+
+
+@dataclass(frozen=True, slots=True)
 class RelayedAdded:
     """The relay gave us this address; `server_is_ipv4` tells how we talk to the relay."""
 
@@ -37,4 +45,4 @@ class RelayedRemoved:
     address: Address
 
 
-TurnEvent = HostDiscovered | ReflexiveDiscovered | RelayedAdded | RelayedRemoved
+TurnEvent = HostDiscovered | ReflexiveDiscovered | ReflexiveRemoved | RelayedAdded | RelayedRemoved

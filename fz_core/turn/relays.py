@@ -89,7 +89,8 @@ class Relays:
             self.remove(allocation.relay_id)
         return dead, bool(dead) and not self._by_id
 
-    def choose(self) -> Allocation | None:
+    def choose(self, other_than: str | None = None) -> Allocation | None:
         """A relay for a new connection."""
-        relay_id = choose_relay({a.relay_id: a.rtt for a in self}, self._random_bytes)
+        rtts = {a.relay_id: a.rtt for a in self if a.relay_id != other_than}
+        relay_id = choose_relay(rtts, self._random_bytes)
         return None if relay_id is None else self._by_id[relay_id]

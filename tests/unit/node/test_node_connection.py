@@ -499,10 +499,10 @@ def test_a_silent_peer_that_asks_again_is_looked_for_anew() -> None:
     system.client.is_dead = True
     gateway, connection = system.gateway.state.node, of_gateway(system)
     before, path = connection.agent, connection.path
-    system.world.run_for(14.0)
+    system.world.run_for(1.0)
     gateway.upsert_connection(system.client_id, connection.parameters, system.world.now)
     assert connection.agent is before
-    system.world.run_for(2.0)
+    system.world.run_for(15.0)
     gateway.upsert_connection(system.client_id, connection.parameters, system.world.now)
     assert connection.agent is not before
     assert connection.path == path  # in use until there is a better one

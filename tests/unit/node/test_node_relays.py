@@ -206,7 +206,19 @@ def test_a_dead_relay_is_found_out_and_told() -> None:
     system = system_of()
     system.relays[0].die()
     assert system.world.run_until(lambda: SendToPortal(c.NoRelays()) in system.client.events, 40.0)
-    assert node_of(system).relay_count == 0
+    assert not node_of(system).has_relay
+
+
+def test_a_dead_relay_is_asked_again_and_serves_once_it_is_back() -> None:
+    """The portal may be away too, so that nobody else would bring it back."""
+    system = system_of()
+    (relay,) = system.relays
+    ports = dict(relay.host.ports)
+    relay.die()
+    assert system.world.run_until(lambda: not node_of(system).has_relay, 60.0)
+    system.world.run_for(300.0)
+    relay.host.ports.update(ports)
+    assert system.world.run_until(lambda: node_of(system).has_relay, 70.0)
 
 
 def test_paths_over_a_lost_relay_send_nothing_from_its_address() -> None:

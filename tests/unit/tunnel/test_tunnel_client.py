@@ -34,6 +34,7 @@ from fz_core.portal.types import (
     Resource,
 )
 from fz_core.tunnel import ClientTunnel
+from fz_core.tunnel.authorizations import REFUSED_INTERVAL
 from fz_core.tunnel.events import (
     ConnectionDown,
     ConnectionUp,
@@ -227,14 +228,17 @@ def test_without_relays_the_portal_is_told_and_packets_wait() -> None:
 def test_failures_are_told_and_only_offline_ends_the_request() -> None:
     """spec/tunnel.md §7: answers."""
     client = Client(cidr(1, "10.0.0.0/8"))
-    for reason, asks_at_once in (("forbidden", 0), ("version_mismatch", 0), ("unknown", 0), ("offline", 1)):
+    for reason, asks_soon in (("forbidden", 0), ("version_mismatch", 0), ("unknown", 0), ("offline", 1)):
         client.now += 10
         client.send("10.0.0.1")
         client.events()
         client.tell(c.AuthorizationCreationFailed(uuid(1), c.FailReason(reason)))
         assert client.events(ResourceOffline) == [ResourceOffline(uuid(1), reason)]
         client.send("10.0.0.1")
-        assert len(client.asked()) == asks_at_once, reason
+        assert client.asked() == []
+        client.now += REFUSED_INTERVAL
+        client.send("10.0.0.1")
+        assert len(client.asked()) == asks_soon, reason
 
 
 @pytest.mark.parametrize(
