@@ -281,8 +281,8 @@ def test_candidates_wait_for_the_portal_and_cancel_out() -> None:
     client.state.handle_portal_connected(client.now)
     assert [e.message for e in client.events(SendToPortal)] == [
         c.SetSnownetCapabilities(False),
-        c.NewGatewayIceCandidates(uuid(4), (older, keep)),
         c.WithdrawGatewayIceCandidates(uuid(4), (line.format(1, 9),)),
+        c.NewGatewayIceCandidates(uuid(4), (older, keep)),
     ]
 
 
