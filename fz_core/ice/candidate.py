@@ -52,7 +52,10 @@ def priority_of(kind: CandidateKind, local_preference: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One address of one side. `base` is what datagrams leave from; for a remote one it is the address."""
+    """One address of one side. `base` is what datagrams leave from; for a remote one it is the address.
+
+    `is_cross_family` (ours only): a relayed address of another family than the one we talk to the relay in.
+    """
 
     kind: CandidateKind
     address: Address
@@ -60,6 +63,7 @@ class Candidate:
     priority: int
     foundation: str
     ufrag: str | None = field(default=None, compare=False)
+    is_cross_family: bool = field(default=False, compare=False)
 
     @classmethod
     def host(cls, address: Address) -> Candidate:
@@ -76,8 +80,10 @@ class Candidate:
     @classmethod
     def relay(cls, address: Address, server_is_ipv4: bool = True) -> Candidate:
         """An address on a relay, which we reach over IPv4 or not."""
-        penalty = 0 if address.is_ipv4 == server_is_ipv4 else CROSS_FAMILY_PENALTY
-        return cls._local(CandidateKind.RELAY, address, address, penalty)
+        is_cross_family = address.is_ipv4 != server_is_ipv4
+        penalty = CROSS_FAMILY_PENALTY if is_cross_family else 0
+        candidate = cls._local(CandidateKind.RELAY, address, address, penalty)
+        return replace(candidate, is_cross_family=True) if is_cross_family else candidate
 
     @classmethod
     def prflx(cls, address: Address, priority: int) -> Candidate:

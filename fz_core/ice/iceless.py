@@ -1,17 +1,47 @@
 """Candidate text of ICE-less peers: as in ICE, but with the true base in `raddr` and an FNV-1a foundation.
 
+A relayed address needs a `raddr` too. The official programs name the socket they talk to the relay from, which is
+of no use to the peer; ours name the relayed address again, so the text that withdraws it is sure to be the same.
 Source: spec/connectivity.md section 4.2, second dialect.
 """
 
 from __future__ import annotations
 
-from fz_core.ice.candidate import KINDS, MAX_TEXT, CandidateKind, parse_address, parse_number
+from fz_core.ice.candidate import (
+    KINDS,
+    MAX_TEXT,
+    Candidate,
+    CandidateKind,
+    is_usable,
+    parse_address,
+    parse_number,
+)
 from fz_core.packet import Address
 
 KIND_BYTE = {CandidateKind.HOST: 0, CandidateKind.SRFLX: 1, CandidateKind.RELAY: 2}
 PRIORITY = {CandidateKind.HOST: 2130706431, CandidateKind.SRFLX: 1694498815, CandidateKind.RELAY: 16777215}
 FNV_OFFSET = 0xCBF29CE484222325
 FNV_PRIME = 0x100000001B3
+
+
+def iceless_text(candidate: Candidate) -> str:
+    """Announces and withdraws this candidate of ours."""
+    return to_iceless_sdp(
+        candidate.kind,
+        candidate.address,
+        None if candidate.kind is CandidateKind.HOST else candidate.base,
+    )
+
+
+def parse_iceless_candidate_untrusted(text: str) -> Candidate | None:
+    """A remote candidate with what `raddr` says as its base, or None if this is no usable one."""
+    parsed = parse_iceless_untrusted(text)
+    if parsed is None:
+        return None
+    kind, address, base = parsed
+    if not is_usable(address.ip) or (kind is CandidateKind.SRFLX and address.is_ipv4 != base.is_ipv4):
+        return None
+    return Candidate(kind, address, base, PRIORITY[kind], str(foundation_of(kind, address, base)))
 
 
 def to_iceless_sdp(kind: CandidateKind, address: Address, base: Address | None = None) -> str:
@@ -38,9 +68,8 @@ def parse_iceless_untrusted(text: str) -> tuple[CandidateKind, Address, Address]
         return None
     if kind is CandidateKind.HOST:
         return kind, address, address
-    if len(words) < 12 or words[8] != "raddr" or words[10] != "rport":
-        return None
-    base = parse_address(words[9], words[11])
+    extensions = dict(zip(words[8::2], words[9::2], strict=False))
+    base = parse_address(extensions.get("raddr", ""), extensions.get("rport", ""))
     return None if base is None else (kind, address, base)
 
 
