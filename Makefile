@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find fz_core -name '*.pyx' -o -name '*.pxd') $(wildcard fz_core/ice/*.py fz_core/turn/*.py)
 PEERS ?=
 
-.PHONY: demo demo-smoke test test-fast lint bench interop system-packages build clean help
+.PHONY: demo demo-smoke test test-fast test-system lint bench interop system-packages build clean help
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ test: build ## every test
 
 test-fast: build ## tests that need neither root nor peer programs
 	$(BIN)/python -m pytest -m "not root"
+
+test-system: build ## the fault lab: seconds a tunnel is out, per event; mixes with the official programs in PEERS=<folder>
+	$(BIN)/python -m fz_core.lab.faults $(if $(PEERS),--peers $(PEERS))
 
 lint: build ## style and types
 	$(BIN)/ruff check .

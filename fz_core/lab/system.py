@@ -63,7 +63,12 @@ class Programs:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where the two ends stand. Families are 4 and 6."""
+    """Where the two ends stand. Families are 4 and 6.
+
+    With `iceless` the portal lets pairs that can do without ICE do so. With `resolvers` each machine's own name
+    server answers. With `named_portal` the client knows the portal by name, with addresses of both families, also
+    while its own network has only one.
+    """
 
     client_nat: str = "cone"
     gateway_nat: str = "cone"
@@ -72,6 +77,9 @@ class Shape:
     relay_families: tuple[int, ...] = (4, 6)
     relays: int = 1
     delay_ms: float = 0.0
+    iceless: bool = False
+    resolvers: bool = False
+    named_portal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +118,8 @@ class System:
     """Builds everything inside a lab, one part at a time or all at once with `start`.
 
     What the portal allows are attributes, read by `start_portal` and `reload_policy`: `resources` by name (a text is a
-    network), `allowed` to everybody, `allowed_to` one account each, lifetimes, and DNS (IP addresses and https URLs).
+    network), `allowed` to everybody, `allowed_to` one account each, lifetimes, DNS (IP addresses and https URLs), and
+    whether connections may be `iceless`.
     """
 
     def __init__(self, lab: Lab, programs: Programs | None = None, shape: Shape | None = None) -> None:
@@ -118,6 +127,8 @@ class System:
         self.gateways: list[Member] = []
         self.clients: list[Member] = []
         self.relays: list[Process] = []
+        self.relay_hosts: list[Host] = []
+        self.log_filter = QUIET["RUST_LOG"]
         self._tokens = {name: secrets.token_hex(20) for name in ("gateway", "relay", CLIENT + ACCOUNT)}
         self._policy = lab.folder / "policy.toml"
         self.resources: dict[str, str | ResourceSpec] = {"net": RESOURCE_NET, "net6": RESOURCE_NET6}
@@ -128,6 +139,7 @@ class System:
         self.doh_servers: list[str] = []
         self.search_domain: str | None = None
         self.old_clients = self.programs.old_clients
+        self.iceless = self.shape.iceless
 
     def start(self) -> None:
         """One gateway and one client, ready to talk."""
@@ -189,6 +201,7 @@ class System:
             [*self.dns_servers, *self.doh_servers],
             self.search_domain,
             self.old_clients,
+            self.iceless,
         )
         self._policy.touch(0o600)
         self._policy.write_text(rules.text())
@@ -209,6 +222,7 @@ class System:
             env["PUBLIC_IP6_ADDR"] = host.ipv6
         relay = host.spawn(f"relay{number}", self.programs.relay, env)
         self.relays.append(relay)
+        self.relay_hosts.append(host)
         probe = ("curl", "-sf", "http://127.0.0.1:8080/readyz")
         self._until(lambda: host.run(*probe, check=False).returncode == 0, f"relay {number}", relay)
 
@@ -259,8 +273,9 @@ class System:
             self.add_account(account)
             self.reload_policy()
         command = (*(program or self.programs.client), *options, "standalone")
-        variables = self._environment(name, CLIENT + account, shape.client_families) | dict(env or {})
-        member = self._member(name, host, router, command, shape.client_families, nameservers, variables)
+        families = () if shape.named_portal else shape.client_families
+        variables = self._environment(name, CLIENT + account, families) | dict(env or {})
+        member = self._member(name, host, router, command, families, nameservers, variables)
         self.clients.append(member)
         return member
 
@@ -272,11 +287,12 @@ class System:
             for device in ("internet", "lan"):
                 router.delay(device, self.shape.delay_ms / 2)
         host.write_etc("resolv.conf", "".join(f"nameserver {ip}\n" for ip in nameservers or [NOBODY]))
-        host.write_etc("hosts", self._hosts(families))
-        if 4 not in families and not nameservers:
-            # The portal is known by name there, and official gateways insist on asking a name server too.
-            known = f"portal={self.portal_host.ipv6}"
-            host.spawn(f"{name}-names", [*ours("fz_core.lab.resolver"), known]).wait_for_line("serving")
+        host.write_etc("hosts", self._hosts(families or (4, 6)))
+        if not nameservers and (4 not in families or self.shape.resolvers):
+            # The portal is known by name there, and official programs insist on asking a name server too.
+            portal = [self.portal_host.ipv6, *([] if families == (6,) else [self.portal_host.ipv4])]
+            known = [f"portal={ip}" for ip in portal]
+            host.spawn(f"{name}-names", [*ours("fz_core.lab.resolver"), *known]).wait_for_line("serving")
         process = host.spawn(name, command, env)
         member = Member(name, host, router, process, env, command, logs=[process.log])
         self.wait_until_up(member)
@@ -285,6 +301,7 @@ class System:
     def _environment(self, name: str, token: str, families: tuple[int, ...]) -> dict[str, str]:
         return {
             **QUIET,
+            "RUST_LOG": self.log_filter,
             "FIREZONE_TOKEN": self._tokens[token],
             "FIREZONE_API_URL": self.api_url(families),
             "FIREZONE_ID": f"{name}-id",
@@ -330,10 +347,14 @@ class System:
             member.process.kill()
         else:
             member.process.stop()
+        self.relaunch(member)
+        self.wait_until_up(member)
+
+    def relaunch(self, member: Member) -> None:
+        """Start a program that ended once more, without waiting for it."""
         member.runs += 1
         member.process = member.host.spawn(f"{member.name}-{member.runs}", member.command, member.env)
         member.logs.append(member.process.log)
-        self.wait_until_up(member)
 
     # use
 
@@ -352,7 +373,7 @@ class System:
         if result.returncode != 0:
             raise LabError(f"curl failed with {result.returncode}: {result.stderr.strip()}")
         status, size, first, total = result.stdout.split()
-        fetched = Fetch(int(status), int(size), float(first), float(total), _digest(path))
+        fetched = Fetch(int(status), int(size), float(first), float(total), file_digest(path))
         if fetched.digest != document_digest(count):
             raise LabError(f"the checksum of {size} bytes is wrong")
         return fetched
@@ -364,12 +385,20 @@ class System:
                 return "relayed" if "relayed=True" in line else "direct"
         return "unknown"
 
+    def relay_bytes(self) -> list[int]:
+        """What each relay's machine has sent so far, the dead ones' too: tells which of them carries the data."""
+        shown = [host.run("ip", "-s", "-j", "link", "show", "dev", host.device) for host in self.relay_hosts]
+        return [int(json.loads(result.stdout)[0]["stats64"]["tx"]["bytes"]) for result in shown]
+
+    def relay_addresses(self) -> list[str]:
+        """Where relays are, or would be."""
+        numbers = range(101, 101 + self.shape.relays)
+        return [address for n in numbers for address in (f"203.0.113.{n}", f"203:0:113::{n}")]
+
     def block_direct(self) -> None:
         """Routers of both ends let UDP pass to relays only."""
-        relays = [f"203.0.113.{101 + n}" for n in range(self.shape.relays)]
-        relays += [f"203:0:113::{101 + n}" for n in range(self.shape.relays)]
         for member in (*self.gateways, *self.clients):
-            member.router.block_udp(*relays)
+            member.router.block_udp(*self.relay_addresses())
 
     def warnings(self) -> list[str]:
         """Lines of gateways and clients that say WARN or ERROR."""
@@ -392,6 +421,7 @@ class System:
             time.sleep(0.02)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Lower-case hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from fz_core.lab.processes import LabError, Process, run
 BRIDGE = "internet"
 INTERNET_V4, INTERNET_V6 = "203.0.113.0/24", "203:0:113::/64"
 CLONE_NEWNET = 0x40000000
+NETLINK_NETFILTER, IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST, NLM_F_ACK = 12, 0x102, 1, 4
 NETNS_FOLDER, ETC_FOLDER = Path("/run/netns"), Path("/run/fz-lab")
 _numbers = itertools.count()
 REAL_ETC = ".real"
@@ -88,10 +90,10 @@ class Namespace:
         """What goes before a command to run it in this namespace."""
         return ["ip", "netns", "exec", self.netns]
 
-    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_DGRAM, protocol: int = 0) -> socket.socket:
         """A socket of this namespace, usable from ours."""
         with self.entered():
-            return socket.socket(family, kind)
+            return socket.socket(family, kind, protocol)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -103,21 +105,37 @@ class Namespace:
             finally:
                 _setns(ours.fileno())
 
-    def delay(self, device: str, milliseconds: float = 0.0, loss: float = 0.0) -> None:
-        """Delay, in one direction, and drop (percent) what leaves by this device; zeros remove both."""
+    def delay(
+        self,
+        device: str,
+        milliseconds: float = 0.0,
+        loss: float = 0.0,
+        *,
+        reorder: float = 0.0,
+        duplicate: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        """Delay, in one direction, what leaves by this device, and lose, reorder or double some of it (percent).
+
+        Each packet has a fate of its own, also one of a super packet. Zeros remove everything.
+        """
         line = self._delay_lines.pop(device, None)
         if line is not None:
             line.stop()
         for root in ("root", "clsact"):
             run(["tc", "-n", self.netns, "qdisc", "del", "dev", device, root], check=False)
-        if not milliseconds and not loss:
+        if not (milliseconds or loss or reorder or duplicate):
             return
-        netem = ["netem", "limit", "100000", "delay", f"{milliseconds}ms", "loss", f"{loss}%"]
-        if run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, "root", *netem], check=False).returncode == 0:
-            return
-        module = [sys.executable, "-m", "fz_core.lab.delay_line"]  # this kernel has no netem
+        if not (loss or reorder or duplicate):  # netem would do these to whole super packets
+            netem = ["root", "netem", "limit", "100000", "delay", f"{milliseconds}ms"]
+            added = run(["tc", "-n", self.netns, "qdisc", "add", "dev", device, *netem], check=False)
+            if added.returncode == 0:  # this kernel has netem
+                return
+        options = {"delay": milliseconds, "loss": loss, "reorder": reorder, "duplicate": duplicate, "seed": seed}
+        flags = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
         line = self.spawn(
-            f"{self.name}-{device}-delay{len(self.lab.processes)}", [*module, device, str(milliseconds), str(loss)]
+            f"{self.name}-{device}-delay{len(self.lab.processes)}",
+            [sys.executable, "-m", "fz_core.lab.delay_line", device, *flags],
         )
         line.wait_for_line("^holding")
         self._delay_lines[device] = line
@@ -134,6 +152,11 @@ class Host(Namespace):
         """One more address on its only cable, of a network it is already in."""
         flags = ["nodad"] if ":" in ip else []
         self.ip("addr", "add", f"{ip}/{64 if ':' in ip else 24}", "dev", self.device, *flags)
+
+    def unplug(self) -> None:
+        """Pull the cable out: the device goes, and addresses and routes with it. `Router.attach` is the way back."""
+        self.ip("link", "del", self.device)
+        self.ipv4 = self.ipv6 = None
 
     def write_etc(self, name: str, text: str) -> None:
         """Write /etc/<name> of this machine.
@@ -199,18 +222,23 @@ class Router(Namespace):
     def attach(self, host: Host) -> None:
         """Give a host an address and the routes to the internet, and nowhere else."""
         self.hosts.append(host)
-        last = 99 + len(self.hosts)
         port = f"lan{len(self.hosts)}"
         link(host, host.device, self, port)
         self.ip("link", "set", port, "master", "lan")
+        self.give_address(host, 99 + len(self.hosts))
+
+    def give_address(self, host: Host, last: int) -> None:
+        """Addresses that end in `last` instead of those it has, and the routes they need."""
+        run(["ip", "-n", host.netns, "addr", "flush", "dev", host.device, "scope", "global"], check=False)
+        host.ipv4 = host.ipv6 = None
         if 4 in self.families:
             host.ipv4 = f"172.{self.number}.0.{last}"
             host.ip("addr", "add", f"{host.ipv4}/24", "dev", host.device)
-            host.ip("route", "add", INTERNET_V4, "via", f"172.{self.number}.0.254")
+            host.ip("route", "replace", INTERNET_V4, "via", f"172.{self.number}.0.254")
         if 6 in self.families:
             host.ipv6 = f"172:{self.number}::{last}"
             host.ip("addr", "add", f"{host.ipv6}/64", "dev", host.device, "nodad")
-            host.ip("route", "add", INTERNET_V6, "via", f"172:{self.number}::254")
+            host.ip("route", "replace", INTERNET_V6, "via", f"172:{self.number}::254")
 
     def forward_port(self, protocol: str, port: int, host: Host) -> None:
         """Let the internet reach a host's port ("udp" or "tcp") under the router's own addresses."""
@@ -219,25 +247,75 @@ class Router(Namespace):
                 match = f'iifname "internet" meta nfproto {family} {protocol} dport {port}'
                 self.nft(f"add rule inet nat prerouting {match} dnat {keyword} to {address}")
 
-    def block_udp(self, *but_to: str) -> None:
-        """Drop all UDP that is not to or from these addresses: what a strict firewall does to direct paths."""
+    def block_udp(self, *but_to: str, way: str = "both") -> None:
+        """Drop all UDP that is not to or from these addresses: what a strict firewall does to direct paths.
+
+        `way` is "in" or "out" for a firewall that does so in one direction only.
+        """
         v4 = [a for a in but_to if ":" not in a]
         v6 = [a for a in but_to if ":" in a]
         allowed = [
-            f"{family} {way} {{ {', '.join(ips)} }} accept"
+            f"{family} {end} {{ {', '.join(ips)} }} accept"
             for family, ips in (("ip", v4), ("ip6", v6))
             if ips
-            for way in ("saddr", "daddr")
+            for end in ("saddr", "daddr")
         ]
-        chain = "\n".join([*allowed, "meta l4proto udp drop"])
-        self.nft(
-            "table inet block {\nchain forward {\ntype filter hook forward priority -10; policy accept\n"
-            f"{chain}\n}}\n}}"
-        )
+        match = {"both": "", "in": 'iifname "internet" ', "out": 'oifname "internet" '}[way]
+        self._add_filter("block", [*allowed, f"{match}meta l4proto udp drop"])
 
     def unblock_udp(self) -> None:
         """Undo `block_udp`."""
-        self.nft("table inet block\ndelete table inet block")
+        self._remove_filter("block")
+
+    def cut(self) -> None:
+        """Let nothing pass any more, and tell nobody."""
+        self._add_filter("cut", ["drop"])
+
+    def mend(self) -> None:
+        """Undo `cut`."""
+        self._remove_filter("cut")
+
+    def change_public_address(self, number: int) -> None:
+        """Other outer addresses, 203.0.113.<number>; what was translated is forgotten."""
+        run(["ip", "-n", self.netns, "addr", "flush", "dev", "internet", "scope", "global"], check=False)
+        if self.public_ipv4 is not None:
+            self.public_ipv4 = f"203.0.113.{number}"
+            self.ip("addr", "add", f"{self.public_ipv4}/24", "dev", "internet")
+        if self.public_ipv6 is not None:
+            self.public_ipv6 = f"203:0:113::{number}"
+            self.ip("addr", "add", f"{self.public_ipv6}/64", "dev", "internet", "nodad")
+        self.forget_connections()
+
+    def remap_ports(self, first: int) -> None:
+        """Forget what was translated; UDP gets source ports from `first` on, the same towards everybody."""
+        udp = f"meta l4proto udp masquerade to :{first}-{first + 4999}"
+        rules = [f'add rule inet nat postrouting oifname "internet" {rule}' for rule in (udp, "masquerade")]
+        self.nft("\n".join(["flush chain inet nat postrouting", *rules]))
+        self.forget_connections()
+
+    def forget_connections(self) -> None:
+        """Flush connection tracking, as a reboot does."""
+        request = struct.pack("=IHHII", 20, IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, 1, 0) + bytes(4)
+        with self.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
+            sock.send(request)
+            (code,) = struct.unpack_from("=i", sock.recv(4096), 16)
+        if code:
+            raise LabError(f"cannot flush connection tracking of {self.name}: {os.strerror(-code)}")
+
+    def shorten_nat(self, seconds: int) -> None:
+        """Forget what was translated after this long without traffic."""
+        names = ("nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream")
+        self.sysctl(*(f"net.netfilter.{name}={seconds}" for name in names))
+
+    def _add_filter(self, table: str, rules: Sequence[str]) -> None:
+        chain = "\n".join(rules)
+        self.nft(
+            f"table inet {table} {{\nchain forward {{\ntype filter hook forward priority -10; policy accept\n"
+            f"{chain}\n}}\n}}"
+        )
+
+    def _remove_filter(self, table: str) -> None:
+        self.nft(f"table inet {table}\ndelete table inet {table}")
 
     def _masquerade(self, mode: str) -> None:
         self.nft(
