@@ -1,7 +1,8 @@
 """The UDP data sockets: one per family, shared by all relays and peers.
 
 `IP_RECVERR` stays off: its error queue would have to be drained, and an ICMP storm would charge it to the
-receive buffer. Source: spec/io.md 3.1 to 3.3.
+receive buffer. What routers say about a path's MTU the kernel remembers (and checks that they quote a datagram of
+ours): a datagram above it is refused with EMSGSIZE, and `path_mtu` asks. Source: spec/io.md 3.1 to 3.3.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ RECV_BUFFER_VARIABLE = "FIREZONE_UDP_RECV_BUFFER_SIZE"
 
 IP_MTU_DISCOVER, IP_PKTINFO, IP_RECVTOS = 10, 8, 13
 IPV6_MTU_DISCOVER, IPV6_DONTFRAG, IPV6_ADDR_PREFERENCES = 23, 62, 72
-PMTUDISC_PROBE = 3
+IP_MTU, IPV6_MTU = 14, 24
+PMTUDISC_DO = 2
 IPV6_PREFER_SRC_PUBLIC = 2
 SOL_UDP, UDP_SEGMENT, UDP_GRO = 17, 103, 104
 
@@ -48,8 +50,9 @@ class SocketError(NamedTuple):
 class UdpSocket:
     """`UdpSocket.bind(family)`, then `recv_batch` and `send_batch`. Raises only when binding."""
 
-    def __init__(self, sock: socket.socket, gso_segments: int) -> None:
+    def __init__(self, sock: socket.socket, gso_segments: int, mark: int | None = None) -> None:
         self._sock = sock
+        self._mark = mark
         self.is_ipv4 = sock.family == socket.AF_INET
         self.port: int = sock.getsockname()[1]
         self._queue = UdpQueue(sock.fileno(), self.is_ipv4, self.port, gso_segments)
@@ -78,7 +81,7 @@ class UdpSocket:
             _set_buffers(sock)
             if gro:
                 _try_option(sock, SOL_UDP, UDP_GRO, 1)
-            return cls(sock, 64 if gso and _probe_gso(sock) else 1)
+            return cls(sock, 64 if gso and _probe_gso(sock) else 1, mark)
         except BaseException:
             sock.close()
             raise
@@ -105,6 +108,25 @@ class UdpSocket:
     def take_errors(self) -> list[SocketError]:
         """Errors since the last call, at most 64 of them."""
         return [SocketError(*error) for error in self._queue.take_errors()]
+
+    def path_mtu(self, remote: Address, local: Address | None = None) -> int | None:
+        """The largest IP packet that passes to `remote` as far as the kernel knows; None where there is no route.
+
+        That is the MTU of the route's first link, or less for ten minutes (net.ipv4.route.mtu_expires) after a router
+        said so. Asked with a socket of its own, connected but never written to: connecting ours would shut others out.
+        """
+        with socket.socket(self._sock.family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asking:
+            try:
+                if self._mark is not None:
+                    set_mark(asking, self._mark)
+                if local is not None:
+                    asking.bind((local.host, 0))
+                asking.connect((remote.host, remote.port))
+                if self.is_ipv4:
+                    return asking.getsockopt(socket.IPPROTO_IP, IP_MTU)
+                return asking.getsockopt(socket.IPPROTO_IPV6, IPV6_MTU)
+            except OSError:
+                return None
 
     def is_single(self, remote: Address) -> bool:
         """Whether this destination gets one datagram per system call."""
@@ -159,7 +181,7 @@ def _bind(sock: socket.socket, port: int) -> None:
 
 def _set_family_options(sock: socket.socket) -> None:
     """Never fragment, tell the local address and ECN of each datagram, prefer stable IPv6 addresses."""
-    _try_option(sock, socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    _try_option(sock, socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
     if sock.family == socket.AF_INET:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         sock.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
@@ -167,7 +189,7 @@ def _set_family_options(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS, 1)
-    _try_option(sock, socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+    _try_option(sock, socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DO)
     _try_option(sock, socket.IPPROTO_IPV6, IPV6_DONTFRAG, 1)
     _try_option(sock, socket.IPPROTO_IPV6, IPV6_ADDR_PREFERENCES, IPV6_PREFER_SRC_PUBLIC)
 

@@ -16,6 +16,7 @@ from fz_core.packet.icmp import (
     parse_icmp_error,
 )
 from fz_core.packet.packet import Packet, verify_checksums
+from fz_core.packet.segments import clamp_mss, shorten_error, split_tcp
 
 __all__ = [
     "Address",
@@ -37,10 +38,13 @@ __all__ = [
     "build_tcp",
     "build_udp",
     "checksum",
+    "clamp_mss",
     "classify_icmp",
     "growth_limit",
     "ones_complement_sum",
     "parse_icmp_error",
+    "shorten_error",
+    "split_tcp",
     "to_family",
     "translate_error",
     "update_checksum",

@@ -1,6 +1,7 @@
 """STUN and TURN numbers, and how attribute values are written.
 
-Reading them is `Message`'s work. Sources: RFC 8489 section 14, RFC 8656 section 18, RFC 8445 section 16.1.
+Reading them is `Message`'s work. Sources: RFC 8489 section 14, RFC 8656 section 18, RFC 8445 section 16.1,
+RFC 5780 section 7.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ REQUESTED_TRANSPORT: Final = 0x0019
 XOR_MAPPED_ADDRESS: Final = 0x0020
 PRIORITY: Final = 0x0024
 USE_CANDIDATE: Final = 0x0025
+PADDING: Final = 0x0026
 ADDITIONAL_ADDRESS_FAMILY: Final = 0x8000
 SOFTWARE: Final = 0x8022
 FINGERPRINT: Final = 0x8028

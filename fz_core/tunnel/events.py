@@ -172,6 +172,14 @@ class CheckPortal:
     """A peer fell silent, so the network under us may have changed: does the portal still answer?"""
 
 
+@dataclass(frozen=True, slots=True)
+class PathMtuChanged:
+    """The path to a peer lets inner packets of at most `inner_mtu` bytes pass; 1280 is everything."""
+
+    peer_id: str
+    inner_mtu: int
+
+
 TunnelEvent = (
     SendToPortal
     | CheckPortal
@@ -186,6 +194,7 @@ TunnelEvent = (
     | ConnectionUp
     | ConnectionDown
     | PathInUse
+    | PathMtuChanged
     | ResourceActivated
     | ResourceDeactivated
     | ResourceOffline

@@ -1,0 +1,181 @@
+"""Whole systems over narrow paths: our own link, the gateway's, or one behind a router (docs/path-mtu.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fz_core.lab import Host, Lab, Router
+from fz_core.lab.system import Shape, System
+from tests.netns.scenarios import eventually
+
+pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
+
+MEGABYTES = 2.0
+PORT = 5001
+HEADERS = {4: 20, 6: 40}
+
+
+def narrow_link(host: Host, router: Router, mtu: int) -> None:
+    """The cable between a machine and its router."""
+    host.ip("link", "set", host.device, "mtu", str(mtu))
+    router.ip("link", "set", "lan1", "mtu", str(mtu))
+
+
+def narrow_router(router: Router, mtu: int) -> None:
+    """Inside a router, which tells senders on both sides what it cannot pass on."""
+    number = router.number
+    limit = ("mtu", "lock", str(mtu))
+    if 4 in router.families:
+        lan = (f"172.{number}.0.0/24", "dev", "lan", "src", f"172.{number}.0.254")
+        outside = ("203.0.113.0/24", "dev", "internet", "src", f"203.0.113.{number}")
+        for route in (lan, outside):
+            router.ip("route", "replace", *route, "proto", "kernel", "scope", "link", *limit)
+    if 6 in router.families:
+        for network, device in ((f"172:{number}::/64", "lan"), ("203:0:113::/64", "internet")):
+            router.ip("-6", "route", "replace", network, "dev", device, "proto", "kernel", "metric", "256", *limit)
+
+
+def narrow(system: System, place: str, mtu: int) -> None:
+    client, gateway = system.clients[0], system.gateways[0]
+    if place == "client":
+        narrow_link(client.host, client.router, mtu)
+    elif place == "gateway":
+        narrow_link(gateway.host, gateway.router, mtu)
+    else:
+        narrow_router(client.router, mtu)
+
+
+@contextmanager
+def narrowed(place: str, mtu: int, underlay: int, *, relayed: bool = False) -> Iterator[System]:
+    """A system whose path was narrow before its programs knew each other."""
+    families = (underlay,)
+    with Lab() as lab:
+        system = System(lab, shape=Shape(client_families=families, gateway_families=families))
+        system.start()
+        if relayed:
+            system.block_direct()
+        narrow(system, place, mtu)
+        yield system
+
+
+@pytest.mark.parametrize("relayed", [False, True], ids=["direct", "relayed"])
+@pytest.mark.parametrize("place", ["client", "gateway", "middle"])
+@pytest.mark.parametrize(("underlay", "mtu"), [(4, 1500), (4, 1400), (4, 1280), (4, 1124), (6, 1400), (6, 1280)])
+def test_bulk_tcp_passes_both_ways(underlay: int, mtu: int, place: str, relayed: bool) -> None:
+    with narrowed(place, mtu, underlay, relayed=relayed) as system:
+        for family in (4, 6):
+            eventually(system, 20.0, family=family)
+            assert system.fetch(MEGABYTES, family=family, timeout=20.0).status == 200
+            upload(system, family)
+        assert system.path_of() == ("relayed" if relayed else "direct")
+        assert system.warnings() == []
+
+
+@pytest.mark.parametrize("place", ["client", "gateway", "middle"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_connection_survives_its_path_becoming_narrow(family: int, place: str) -> None:
+    """Its segments were sized before; IPv6 senders may not even go below 1280, so they are cut."""
+    with narrowed(place, 1500, 4) as system:
+        eventually(system, 20.0, family=family)
+        with connected(system, family) as (near, far):
+            transfer(near, far)
+            transfer(far, near)
+            narrow(system, place, 1124)
+            transfer(near, far)
+            transfer(far, near)
+
+
+def test_a_path_that_grows_again_is_used() -> None:
+    with narrowed("client", 1280, 4) as system:
+        eventually(system, 20.0)
+        client = system.clients[0]
+        client.process.wait_for_line(r"PathMtuChanged.*inner_mtu=1220", 5.0)
+        narrow(system, "client", 1500)
+        # It is asked for every 30 s, while there is traffic.
+        ping = client.host.spawn("traffic", ["ping", "-i", "0.5", "-c", "80", "10.20.0.80"])
+        client.process.wait_for_line(r"PathMtuChanged.*inner_mtu=1280", 40.0)
+        ping.stop()
+        assert system.fetch(MEGABYTES).status == 200
+
+
+@pytest.mark.peer("ping")
+@pytest.mark.parametrize(("family", "size"), [(4, 1252), (6, 1232)])
+def test_what_cannot_be_cut_is_reported_to_its_sender(family: int, size: int) -> None:
+    """An echo request of 1280 bytes; the error names what would have fitted: 1124 less 60."""
+    with narrowed("client", 1124, 4) as system:
+        eventually(system, 20.0, family=family)
+        target = "10.20.0.80" if family == 4 else "fd20::80"
+        ping = ["ping", f"-{family}", "-M", "do", "-W", "1"]
+        host = system.clients[0].host
+        failed = host.run(*ping, "-c", "3", "-i", "0.3", "-s", str(size), target, check=False)
+        told = re.search(r"mtu[ =]+(\d+)", failed.stdout + failed.stderr)
+        assert told is not None, failed.stdout + failed.stderr
+        assert int(told[1]) == 1124 - 60
+        fitting = 1124 - 60 - HEADERS[family] - 8
+        assert " 0% packet loss" in host.run(*ping, "-c", "2", "-i", "0.3", "-s", str(fitting), target).stdout
+
+
+# helpers
+
+
+@contextmanager
+def connected(system: System, family: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP connection through the tunnel: the client's end and the server's."""
+    server = system.gateways[0].server
+    assert server is not None
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    target = server.ipv4 if family == 4 else server.ipv6
+    assert target is not None
+    with (
+        server.socket(kind, socket.SOCK_STREAM) as listening,
+        system.clients[0].host.socket(kind, socket.SOCK_STREAM) as near,
+    ):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((target, PORT))
+        listening.listen()
+        near.settimeout(20.0)
+        near.connect((target, PORT))
+        far, _ = listening.accept()
+        with far:
+            far.settimeout(20.0)
+            yield near, far
+
+
+def transfer(source: socket.socket, sink: socket.socket, count: int = 1_000_000) -> None:
+    """Bytes from one end to the other; what arrives is what was sent."""
+    sent = os.urandom(count)
+    thread = threading.Thread(target=_swallow(source.sendall, sent))
+    thread.start()
+    digest, rest = hashlib.sha256(), count
+    while rest:
+        received = sink.recv(min(rest, 65536))
+        assert received, f"the connection ended {rest} bytes early"
+        digest.update(received)
+        rest -= len(received)
+    thread.join(20.0)
+    assert digest.digest() == hashlib.sha256(sent).digest()
+
+
+def _swallow(send: Callable[[bytes], None], data: bytes) -> Callable[[], None]:
+    """A failed sender shows as a receiver that waits in vain."""
+
+    def run() -> None:
+        try:
+            send(data)
+        except OSError:
+            pass
+
+    return run
+
+
+def upload(system: System, family: int) -> None:
+    with connected(system, family) as (near, far):
+        transfer(near, far, int(MEGABYTES * 1_000_000))
