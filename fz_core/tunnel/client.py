@@ -156,6 +156,7 @@ class ClientTunnel(PeerTunnel):
         self._resume += [key for peer_id in busy for key in self._keys_of(peer_id)]
         self._dns.reset()
         self._transmits.clear()
+        self.path_mtus.clear()
         peers = self.node.peers
         self.node.reset(PrivateKey(self._random_bytes(32)), now)
         for peer_id in peers:
