@@ -78,12 +78,12 @@ class RouteWatch:
         if not any(found.values()):
             self._gone_since = now if self._gone_since is None else self._gone_since
             return Change.GONE if change is not Change.NONE else Change.NONE
-        gone_since, self._gone_since = self._gone_since, None
-        if change in (Change.MOVED, Change.LOST):
-            if change is Change.MOVED:
-                self._known = found
+        if change is Change.LOST:
             return change
+        gone_since, self._gone_since = self._gone_since, None
         self._known = found
+        if change is Change.MOVED:
+            return change
         if gone_since is None:
             return change
         return Change.BACK if now - gone_since < FORGOTTEN_AFTER else Change.BACK_LATE

@@ -159,6 +159,7 @@ class TestTunnelServer:
 class TestUnderADefaultRouteIntoTheTunnel:
     """What is marked leaves by the wire; the rest arrives in the TUN device."""
 
+    @pytest.mark.shows("io", 13)
     @pytest.mark.parametrize("family", [0, 1])
     @pytest.mark.parametrize("tcp", [False, True])
     async def test_a_marked_query_stays_outside(self, net: Net, routed: TunDevice, family: int, tcp: bool) -> None:
@@ -167,6 +168,7 @@ class TestUnderADefaultRouteIntoTheTunnel:
         assert dns.message.from_wire(reply).answer
         assert packets(routed) == []
 
+    @pytest.mark.shows("io", 13)
     async def test_a_marked_connection_stays_outside_from_its_first_packet(self, net: Net, routed: TunDevice) -> None:
         """Options that are set once a connection stands would be too late."""
         with net.server.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:

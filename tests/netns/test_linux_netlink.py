@@ -120,6 +120,7 @@ def test_lan_beats_the_internet_resource_and_a_resource_beats_the_lan(laptop: Ho
     assert interface.warnings == []
 
 
+@pytest.mark.shows("io", 13)
 def test_marked_sockets_stay_out_of_the_tunnel(laptop: Host, interface: Interface) -> None:
     interface.set_addresses(V4, V6)
     interface.set_routes(DEFAULTS)

@@ -42,10 +42,12 @@ def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
             yield Ends(near, far, a, b)
 
 
+@pytest.mark.shows("io", 12)
 def test_the_preferred_port_is_taken(ends: Ends) -> None:
     assert ends.a.port == ends.b.port == 52625
 
 
+@pytest.mark.shows("io", 20)
 def test_a_full_train_of_largest_datagrams_arrives_whole(ends: Ends) -> None:
     wanted = [bytes([i]) * 1316 for i in range(49)]
     assert ends.a.send_batch(b"".join(wanted), 1316, ends.to_b) is None
@@ -53,6 +55,7 @@ def test_a_full_train_of_largest_datagrams_arrives_whole(ends: Ends) -> None:
     assert receive(ends.b, 49) == wanted
 
 
+@pytest.mark.shows("io", 5)
 def test_a_full_socket_takes_the_rest_later(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow queue holds the datagrams, and with them the socket's buffer."""
     monkeypatch.setenv("FIREZONE_UDP_SEND_BUFFER_SIZE", "5000")
@@ -75,6 +78,7 @@ def test_a_full_socket_takes_the_rest_later(ends: Ends, monkeypatch: pytest.Monk
         assert small.take_errors() == []
 
 
+@pytest.mark.shows("io", 19)
 def test_above_the_link_mtu_is_an_error_and_no_fragment(ends: Ends) -> None:
     ends.near.ip("link", "set", "eth0", "mtu", "1300")
     assert ends.a.send_batch(bytes(1290), 1290, ends.to_b) is None
@@ -85,6 +89,7 @@ def test_above_the_link_mtu_is_an_error_and_no_fragment(ends: Ends) -> None:
     assert receive(ends.b, 1) == [b"small"]
 
 
+@pytest.mark.shows("io", 25)
 def test_port_unreachable_storms_leave_no_trace(ends: Ends) -> None:
     closed = ends.to_b._replace(port=9)
     for _ in range(50):
@@ -97,6 +102,7 @@ def test_port_unreachable_storms_leave_no_trace(ends: Ends) -> None:
     assert ends.a.take_errors() == []
 
 
+@pytest.mark.shows("io", 22)
 def test_answers_leave_from_the_address_the_peer_used(ends: Ends) -> None:
     second = Address.parse("203.0.113.77:0" if ends.a.is_ipv4 else "[203:0:113::77]:0")
     ends.near.ip("addr", "add", f"{second.host}/{24 if ends.a.is_ipv4 else 64}", "dev", "eth0", "nodad")
@@ -107,6 +113,7 @@ def test_answers_leave_from_the_address_the_peer_used(ends: Ends) -> None:
     assert wait(ends.b)[0][1] == local
 
 
+@pytest.mark.shows("io", 16)
 def test_datagrams_are_the_same_with_and_without_segmentation(ends: Ends) -> None:
     family = socket.AF_INET if ends.a.is_ipv4 else socket.AF_INET6
     with ends.near.entered():

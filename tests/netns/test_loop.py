@@ -1,7 +1,10 @@
-"""The event loop on a real TUN device and real sockets: spec/io.md §14 items 1, 2, 3, 8; `design.md` §5."""
+"""The event loop on a real TUN device and real sockets: spec/io.md §14 items 1 to 11; `design.md` §5."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
@@ -17,8 +20,8 @@ from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
 from fz_core.driver.loop import Loop
 from fz_core.lab import Host, Lab
-from fz_core.linux import Interface, TunDevice, UdpSocket
-from fz_core.packet import DropReason, build_udp
+from fz_core.linux import Interface, TunDevice, TunError, UdpSocket
+from fz_core.packet import Address, DropReason, Transmit, build_udp
 from fz_core.portal import client as messages
 from fz_core.portal.types import CidrResource, DnsResource, Filter, Site
 from fz_core.portal.types import Interface as Config
@@ -71,6 +74,18 @@ class Rig:
         waiting = self.state._pending.resolve(KEY)
         return [p.payload for p in waiting.packets] if waiting else []
 
+    def replace_loop(
+        self, on_resume: Callable[[float, float], None], now: Callable[[], float], suspended: Callable[[], float]
+    ) -> Loop:
+        """A loop with clocks of the test's."""
+        with self.host.entered():
+            sockets = [UdpSocket.bind(family, 0) for family in (socket.AF_INET, socket.AF_INET6)]
+        self.loop.close()
+        self.loop = Loop(
+            self.state, self.tun, sockets, self._end_turn, self._note, on_resume, now=now, suspended=suspended
+        )
+        return self.loop
+
     def garble(self, count: int) -> None:
         """Datagrams on both sockets that are nothing."""
         for _ in range(count):
@@ -83,7 +98,7 @@ class Rig:
                 await trio.sleep(0.005)
 
     def close(self) -> None:
-        for thing in (self.tun, *self.sockets, self.app, *self.noise):
+        for thing in (self.loop, self.tun, *self.sockets, self.app, *self.noise):
             thing.close()
 
 
@@ -97,6 +112,7 @@ def rig() -> Iterator[Rig]:
             built.close()
 
 
+@pytest.mark.shows("io", 2)
 @pytest.mark.shows("tunnel", 95)
 async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
     with rig() as r:
@@ -114,6 +130,7 @@ async def test_a_batch_with_bad_packets_delivers_the_rest_in_order() -> None:
         assert "10.99.0.1" in str(r.errors[0])
 
 
+@pytest.mark.shows("io", 1)
 async def test_every_saturated_source_progresses_within_one_turn() -> None:
     with rig() as r:
         ran: list[float] = []
@@ -229,14 +246,18 @@ async def test_packets_keep_their_order_when_the_device_makes_us_wait() -> None:
         assert received == [b"%02d" % n for n in range(20)]
 
 
+@pytest.mark.shows("io", 3)
 async def test_errors_of_one_family_do_not_cost_the_other_its_datagrams() -> None:
     with rig() as r:
-        r.garble(20)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(r.loop.run)
-            await r.until(lambda: len(r.errors) == 40)
-            r.loop.stop()
-        assert r.state.drops[DropReason.UNKNOWN_DATAGRAM] == 40
+        fail_next_receive(r.sockets[1])
+        for _ in range(20):
+            r.noise[0].sendto(b"\xff" * 40, ("127.0.0.1", r.sockets[0].port))
+        await r.loop._turn()  # both are read in this one; socket errors are told by the next
+        r.noise[1].sendto(b"\xff" * 40, ("::1", r.sockets[1].port))
+        await r.loop._turn()
+        refused = [e for e in r.errors if isinstance(e, OSError)]
+        assert [e.errno for e in refused] == [errno.ECONNREFUSED]
+        assert r.state.drops[DropReason.UNKNOWN_DATAGRAM] == 16 + 1 + 4
 
 
 async def test_a_denied_packet_is_answered_by_icmp_through_the_device() -> None:
@@ -250,6 +271,255 @@ async def test_a_denied_packet_is_answered_by_icmp_through_the_device() -> None:
             await r.until(lambda: r.app.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
             r.loop.stop()
         assert r.errors == []
+
+
+@pytest.mark.shows("io", 4)
+async def test_a_full_device_stops_reading_until_it_takes_packets_again() -> None:
+    with rig() as r:
+        is_full, write = True, r.tun.write
+        r.tun.write = lambda packet: not is_full and write(packet)  # type: ignore[method-assign]
+        gateway = ip_address("10.20.0.9").packed
+        for n in range(3):
+            r.loop.submit(
+                lambda now, n=n: r.state._packets.append(build_udp(gateway, V4.packed, 7, 5000, b"ABC"[n : n + 1]))
+            )
+        r.app.settimeout(10)
+        ran: list[float] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await r.until(lambda: r.loop._tun_backlog)
+            r.garble(5)
+            r.app.sendto(b"x", ("10.20.0.9", 7))
+            for n in range(20):
+                r.loop.submit(ran.append)
+                await r.until(lambda n=n: len(ran) == n + 1)
+            assert r.errors == []
+            assert r.waiting() == []
+            is_full = False
+            await r.until(lambda: len(r.errors) == 10 and r.waiting() == [b"x"])
+            r.loop.stop()
+        assert [r.app.recv(100) for _ in range(3)] == [b"A", b"B", b"C"]
+
+
+@pytest.mark.shows("io", 5)
+async def test_a_full_socket_keeps_its_datagrams_in_order_and_stalls_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IPv4 leaves by a slow link, IPv6 by loopback."""
+    monkeypatch.setenv("FIREZONE_UDP_SEND_BUFFER_SIZE", "5000")
+    with rig() as r:
+        far = r.host.lab.public_host("far", 51)
+        sink = far.socket()
+        sink.bind((far.ipv4, 7000))
+        sink.setblocking(False)
+        r.noise[1].bind(("::1", 7000))
+        r.noise[1].setblocking(False)
+        slow_down(r.host)
+        v4, v6 = Address.parse(f"{far.ipv4}:7000"), Address.parse("[::1]:7000")
+        v4_lane, v6_lane = r.loop._lanes
+        received: dict[socket.socket, list[bytes]] = {sink: [], r.noise[1]: []}
+
+        def send(now: float) -> None:
+            for n in range(300):
+                r.state._transmits.append(Transmit(b"%03d" % n + bytes(900 + n % 2), v4))
+            r.state._transmits.extend(Transmit(b"%03d" % n, v6) for n in range(50))
+
+        def has(sock: socket.socket, count: int) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    received[sock].append(sock.recv(2000)[:3])
+            return len(received[sock]) == count
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            r.loop.submit(send)
+            await r.until(lambda: v4_lane.is_blocked and has(r.noise[1], 50))
+            assert v4_lane.is_blocked
+            assert not v6_lane.is_blocked
+            assert not has(sink, 300)
+            r.app.sendto(b"x", ("10.20.0.9", 7))
+            await r.until(lambda: r.waiting() == [b"x"])
+            await r.until(lambda: has(sink, 300))
+            r.loop.stop()
+        assert received[sink] == [b"%03d" % n for n in range(300)]
+        assert received[r.noise[1]] == [b"%03d" % n for n in range(50)]
+        assert r.errors == []
+        sink.close()
+
+
+async def test_a_socket_that_takes_nothing_stalls_the_device_only_for_a_moment() -> None:
+    with rig() as r:
+        far, stuck = Address.parse("203.0.113.9:1"), True
+        v4_lane, _ = r.loop._lanes
+        r.sockets[0].send_batch = lambda *_: 0 if stuck else None  # type: ignore[method-assign]
+
+        def send(now: float) -> None:
+            for n in range(600):
+                r.state._transmits.append(Transmit(bytes(1 + n % 2), far))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            r.loop.submit(send)
+            await r.until(lambda: len(v4_lane) >= 128)
+            assert v4_lane.patience_ends_at() is not None
+            r.app.sendto(b"x", ("10.20.0.9", 7))
+            await r.until(lambda: r.waiting() == [b"x"])
+            assert v4_lane.is_blocked
+            assert len(v4_lane) <= 256
+            assert r.state.drops[DropReason.BUFFER_FULL] > 0
+            stuck = False
+            await r.until(lambda: len(v4_lane) == 0)
+            r.loop.stop()
+
+
+async def test_without_a_socket_of_one_family_its_datagrams_are_counted() -> None:
+    with rig() as r:
+        r.loop.rebind(lambda: [])
+        r.state._transmits.append(Transmit(b"x", Address.parse("203.0.113.9:1")))
+        r.loop.submit(lambda now: None)
+        await r.loop._turn()
+        assert r.state.drops[DropReason.NOT_CONNECTED] == 1
+        assert r.loop.sockets == []
+
+
+@pytest.mark.shows("io", 24)
+async def test_new_sockets_have_the_old_ports_and_carry_what_the_same_turn_brings() -> None:
+    with rig() as r:
+        r.noise[0].bind(("127.0.0.1", 0))
+        r.noise[0].settimeout(10)
+        remote = Address(bytes([127, 0, 0, 1]), r.noise[0].getsockname()[1])
+        ports = [udp.port for udp in r.sockets]
+        assert ports == [52625, 52625]
+        r.loop._lanes.append(Transmit(b"of the old network", remote))
+
+        def open_again() -> list[UdpSocket]:
+            with r.host.entered():
+                return [UdpSocket.bind(family) for family in (socket.AF_INET, socket.AF_INET6)]
+
+        def reset(now: float) -> None:
+            r.loop.rebind(open_again)
+            r.state._transmits.append(Transmit(b"first", remote))
+
+        r.loop.submit(reset)
+        await r.loop._turn()
+        assert [udp.port for udp in r.loop.sockets] == ports
+        assert r.noise[0].recvfrom(100) == (b"first", ("127.0.0.1", 52625))
+        r.garble(3)
+        await r.loop._turn()
+        assert r.state.drops[DropReason.UNKNOWN_DATAGRAM] == 6
+
+
+@pytest.mark.shows("io", 7)
+async def test_a_deadline_is_kept_whatever_else_happens_and_nothing_else_wakes_the_loop() -> None:
+    with rig() as r:
+        due: list[float] = []
+        calls: list[float] = []
+        r.state.poll_timeout = lambda: (due[0], "test") if due else None  # type: ignore[method-assign]
+
+        def handle_timeout(now: float) -> None:
+            calls.append(now)
+            if due and due[0] <= now:
+                due.pop(0)
+
+        set_at: list[float] = []
+
+        def nearer(now: float) -> None:
+            due.insert(0, now + 0.2)
+            set_at.append(now)
+
+        r.state.handle_timeout = handle_timeout  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            await trio.sleep(0.05)
+            assert calls == []
+            # a change without any output; then a nearer deadline; then noise, which must not put it off
+            r.loop.submit(lambda now: due.append(now + 300.0))
+            r.loop.submit(nearer)
+            while not calls:
+                r.loop.submit(lambda now: None)
+                await trio.sleep(0.01)
+            assert calls[0] >= set_at[0] + 0.2
+            await trio.sleep(0.1)
+            assert len(calls) == 1
+            r.loop.stop()
+
+
+@pytest.mark.shows("io", 8)
+async def test_permanent_input_leaves_turns_to_others() -> None:
+    with rig() as r:
+        turns: list[float] = []
+
+        def again(now: float) -> None:
+            turns.append(now)
+            r.loop.submit(again)
+
+        others = 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.loop.run)
+            r.loop.submit(again)
+            await r.until(lambda: turns)
+            for _ in range(50):
+                before = len(turns)
+                await trio.lowlevel.checkpoint()
+                others += 1
+                await r.until(lambda before=before: len(turns) > before)
+            r.loop.stop()
+        assert others == 50
+
+
+@pytest.mark.shows("io", 9)
+async def test_a_suspend_is_noticed_and_time_never_goes_back() -> None:
+    with rig() as r:
+        jumped, slept = 0.0, 0.0
+        resumed: list[float] = []
+        loop = r.replace_loop(lambda seconds, now: resumed.append(seconds), lambda: clock.now() + jumped, lambda: slept)
+        start = clock.now()
+        timeouts: list[float] = []
+        seen: list[float] = []
+        r.state.poll_timeout = lambda: (start + 500.0, "test") if not timeouts else None  # type: ignore[method-assign]
+        r.state.handle_timeout = timeouts.append  # type: ignore[method-assign,assignment]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(loop.run)
+            loop.submit(seen.append)
+            await r.until(lambda: seen)
+            assert timeouts == []
+            jumped = slept = 600.0
+            loop.submit(seen.append)  # as the timer of the kernel would wake it
+            await r.until(lambda: timeouts and len(seen) == 2)
+            jumped = 100.0
+            loop.submit(seen.append)
+            await r.until(lambda: len(seen) == 3)
+            loop.stop()
+        assert resumed == [600.0]
+        assert timeouts[0] >= start + 600.0
+        assert seen[1] >= seen[0] + 600.0
+        assert seen[2] >= seen[1]
+
+
+@pytest.mark.shows("io", 10)
+async def test_a_dead_device_ends_the_loop() -> None:
+    with rig() as r:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, r.host.ip, "link", "del", "tun-firezone")
+            with pytest.raises(TunError, match="was the device deleted"), trio.fail_after(10):
+                await r.loop.run()
+
+
+@pytest.mark.shows("io", 11)
+async def test_goodbyes_are_flushed_but_a_blocked_network_costs_a_second_at_most() -> None:
+    with rig() as r:
+        r.noise[0].bind(("127.0.0.1", 0))
+        r.noise[0].settimeout(10)
+        remote = Address(bytes([127, 0, 0, 1]), r.noise[0].getsockname()[1])
+        r.state.shutdown = lambda now: r.state._transmits.append(Transmit(b"goodbye", remote))  # type: ignore[method-assign]
+        loop = r.loop
+        loop.stop()
+        await loop.run()
+        assert r.noise[0].recv(100) == b"goodbye"
+    with rig() as r:
+        r.sockets[0].send_batch = lambda *_: 0  # type: ignore[method-assign]
+        r.state.shutdown = lambda now: r.state._transmits.append(Transmit(b"goodbye", remote))  # type: ignore[method-assign]
+        r.loop.stop()
+        with trio.fail_after(5):
+            await r.loop.run()
 
 
 async def test_an_idle_loop_does_not_turn() -> None:
@@ -270,3 +540,17 @@ async def test_a_stopped_loop_ends_within_a_second() -> None:
                 nursery.start_soon(r.loop.run)
                 await trio.sleep(0.05)
                 r.loop.stop()
+
+
+def fail_next_receive(udp: UdpSocket) -> None:
+    """An ICMP error, told by the next receive: asked for just long enough to get one."""
+    with socket.socket(fileno=os.dup(udp.fileno())) as copy:
+        copy.setsockopt(socket.IPPROTO_IPV6, 25, 1)  # IPV6_RECVERR
+        copy.sendto(b"nobody", ("::1", 9))
+        copy.setsockopt(socket.IPPROTO_IPV6, 25, 0)
+
+
+def slow_down(host: Host) -> None:
+    """2 Mbit/s, in a queue that holds everything, and with it the socket's buffer."""
+    shaper = ["tbf", "rate", "2mbit", "burst", "2000", "limit", "1000000"]
+    host.run("tc", "qdisc", "add", "dev", "eth0", "root", *shaper)

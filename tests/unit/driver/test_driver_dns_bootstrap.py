@@ -113,6 +113,7 @@ class TestHostsFile:
 
 
 class TestNameservers:
+    @pytest.mark.shows("io", 29)
     async def test_the_fastest_changes_when_it_dies(
         self, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
     ) -> None:

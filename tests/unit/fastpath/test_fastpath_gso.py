@@ -26,6 +26,7 @@ def lengths(queue: GsoQueue) -> list[int]:
     return [len(batch[0]) for batch in drain(queue)]
 
 
+@pytest.mark.shows("io", 15)
 def test_equal_segments_and_a_short_last_one_share_a_batch() -> None:
     queue = GsoQueue()
     for payload in (b"aaaaaa", b"bbbbbb", b"cccccc", b"ddd", b"eeeeee"):
@@ -34,6 +35,7 @@ def test_equal_segments_and_a_short_last_one_share_a_batch() -> None:
     assert len(queue) == 0
 
 
+@pytest.mark.shows("io", 15)
 def test_a_longer_datagram_starts_a_batch() -> None:
     queue = GsoQueue()
     for size in (4, 6, 3, 2):
@@ -41,6 +43,7 @@ def test_a_longer_datagram_starts_a_batch() -> None:
     assert lengths(queue) == [4, 9, 2]
 
 
+@pytest.mark.shows("io", 15)
 def test_peers_interleave_without_losing_their_order() -> None:
     queue = GsoQueue()
     for number in range(6):
@@ -70,6 +73,7 @@ def test_an_older_batch_is_never_extended() -> None:
         (A6, 65487, 1),
     ],
 )
+@pytest.mark.shows("io", 16)
 def test_segments_per_batch(remote: Address, size: int, most: int) -> None:
     queue = GsoQueue()
     for _ in range(most + 1):
@@ -120,6 +124,7 @@ def test_the_queue_is_bounded_and_counts_what_it_drops() -> None:
     assert queue.append(b"c", A6)
 
 
+@pytest.mark.shows("io", 5)
 def test_an_interrupted_drain_loses_nothing() -> None:
     queue = GsoQueue()
     for remote in (A, B, A6):
@@ -131,6 +136,7 @@ def test_an_interrupted_drain_loses_nothing() -> None:
     assert [(batch[0], batch[2]) for batch in drain(queue)] == [(b"abc", B), (b"abc", A6), (b"def", B)]
 
 
+@pytest.mark.shows("io", 5)
 def test_partial_progress_is_not_repeated() -> None:
     queue = GsoQueue()
     for number in range(4):

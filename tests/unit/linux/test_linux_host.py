@@ -109,6 +109,7 @@ def test_smbios_drops_what_says_nothing(tmp_path: Path) -> None:
     assert read_smbios(tmp_path).serial == "A1"
 
 
+@pytest.mark.shows("io", 26)
 def test_socket_buffers_are_raised_and_never_lowered(tmp_path: Path) -> None:
     (tmp_path / "rmem_max").write_text("212992\n")
     (tmp_path / "wmem_max").write_text("999999999\n")

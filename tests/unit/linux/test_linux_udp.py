@@ -25,6 +25,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[UdpSocket, UdpSocket]
         yield a, b
 
 
+@pytest.mark.shows("io", 21)
 def test_tells_addresses_ecn_and_payload(pair: tuple[UdpSocket, UdpSocket]) -> None:
     a, b = pair
     for ecn in range(4):
@@ -41,6 +42,7 @@ def test_address_objects_are_reused(pair: tuple[UdpSocket, UdpSocket]) -> None:
     assert first[1] is second[1]
 
 
+@pytest.mark.shows("io", 15)
 def test_segments_leave_in_one_call(pair: tuple[UdpSocket, UdpSocket]) -> None:
     a, b = pair
     assert a.send_batch(b"aaaaaabbbbbbccccccddd", 6, at(b)) is None
@@ -48,6 +50,7 @@ def test_segments_leave_in_one_call(pair: tuple[UdpSocket, UdpSocket]) -> None:
     assert datagrams(receive(b, 21)) == [b"aaaaaa", b"bbbbbb", b"cccccc", b"ddd"]
 
 
+@pytest.mark.shows("io", 16)
 @pytest.mark.parametrize(("count", "size", "calls"), [(50, 1316, 2), (65, 100, 2), (49, 1316, 1), (64, 100, 1)])
 def test_batches_are_cut_to_what_a_packet_holds(count: int, size: int, calls: int) -> None:
     with UdpSocket.bind(V4, 0, None) as a, UdpSocket.bind(V4, 0, None) as b:
@@ -67,6 +70,7 @@ def test_without_gso_the_same_datagrams_arrive(pair: tuple[UdpSocket, UdpSocket]
         assert datagrams(receive(b, 10)) == [b"aaaa", b"bbbb", b"cc"]
 
 
+@pytest.mark.shows("io", 17)
 def test_refused_segmentation_falls_back_for_that_destination_only() -> None:
     with contextlib.ExitStack() as stack:
         a, b, c = (stack.enter_context(UdpSocket.bind(V4, 0, None)) for _ in range(3))
@@ -85,6 +89,7 @@ def test_refused_segmentation_falls_back_for_that_destination_only() -> None:
         assert datagrams(receive(c, 10)) == datagrams(receive(b, 10)) == [b"aaaa", b"bbbb", b"cc"]
 
 
+@pytest.mark.shows("io", 18)
 def test_foreign_source_fails_only_its_own_datagrams(pair: tuple[UdpSocket, UdpSocket]) -> None:
     a, b = pair
     stale = Address(bytes([192, 0, 2, 1]) if a.is_ipv4 else bytes.fromhex("20010db8") + bytes(12), 0)
@@ -108,6 +113,7 @@ def test_errors_are_bounded() -> None:
         assert a.counters()["tx_errors"] == 100
 
 
+@pytest.mark.shows("io", 19)
 def test_too_large_datagram_is_an_error_and_never_fragmented() -> None:
     with UdpSocket.bind(V4, 0, None) as a:
         a.send_batch(bytes(65536), 65536, Address(bytes([127, 0, 0, 1]), 9))
@@ -115,6 +121,7 @@ def test_too_large_datagram_is_an_error_and_never_fragmented() -> None:
         assert error.errno == errno.EMSGSIZE
 
 
+@pytest.mark.shows("io", 20)
 def test_junk_is_skipped_without_harming_its_neighbours(pair: tuple[UdpSocket, UdpSocket]) -> None:
     a, b = pair
     a.send_batch(b"before", 6, at(b))
@@ -135,6 +142,7 @@ def test_receive_limit_leaves_the_rest_queued() -> None:
         assert b.recv_batch() == []
 
 
+@pytest.mark.shows("io", 12)
 def test_second_instance_gets_another_port() -> None:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(UdpSocket.bind(V4, 0, None))
@@ -153,6 +161,7 @@ def test_wrong_family_is_the_callers_mistake(pair: tuple[UdpSocket, UdpSocket]) 
         a.send_batch(b"x", 1, at(a), other)
 
 
+@pytest.mark.shows("io", 26)
 def test_buffer_sizes_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIREZONE_UDP_SEND_BUFFER_SIZE", "100000")
     monkeypatch.setenv("FIREZONE_UDP_RECV_BUFFER_SIZE", "80000")
@@ -160,6 +169,7 @@ def test_buffer_sizes_follow_the_environment(monkeypatch: pytest.MonkeyPatch) ->
         assert a.buffer_sizes() == (100000, 80000)
 
 
+@pytest.mark.shows("io", 26)
 def test_buffer_sizes_are_capped_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FIREZONE_UDP_RECV_BUFFER_SIZE", "rubbish")
     with open("/proc/sys/net/core/rmem_max") as file:
@@ -177,6 +187,7 @@ def test_close_is_repeatable_and_frees_the_port() -> None:
         assert again.port == port
 
 
+@pytest.mark.shows("io", 13)
 @pytest.mark.root
 def test_sockets_carry_the_mark() -> None:
     with UdpSocket.bind(V4, 0) as a, socket.socket(fileno=os.dup(a.fileno())) as copy:

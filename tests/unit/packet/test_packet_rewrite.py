@@ -102,6 +102,7 @@ def test_the_other_family_is_the_callers_mistake() -> None:
         build_udp(A6, B6, 1, 2).set_dst_port(65536)
 
 
+@pytest.mark.shows("io", 21)
 @pytest.mark.shows("tunnel", 3)
 @pytest.mark.parametrize(("src", "dst"), [(A4, B4), (A6, B6)])
 @pytest.mark.parametrize("inner", range(4))
