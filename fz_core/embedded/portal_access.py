@@ -12,8 +12,9 @@ from typing import Any
 from fz_core.embedded import portal_views as views
 from fz_core.embedded.policy import AccessRule, ClientAccount, GatewayAccount, ResourceRule
 from fz_core.embedded.portal_derivation import FAR_FUTURE, ice_credentials, preshared_key
+from fz_core.embedded.portal_held import HeldRequests
 from fz_core.embedded.portal_hub import Hub, log
-from fz_core.embedded.portal_session import Session
+from fz_core.embedded.portal_session import Session, owner_of
 from fz_core.embedded.portal_versions import may_serve
 from fz_core.embedded.store import Grant, StoreFull
 from fz_core.portal import client as to_client
@@ -26,7 +27,7 @@ MAX_PENDING_PER_CLIENT = 256
 REFRESH_AFTER = 1.0
 MAX_KNOWN_KEYS = 4096
 ABILITIES_TIMEOUT = 0.5
-MAX_HELD = 1024
+RETURN_GRACE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,14 @@ class Pending:
 class Access:
     """All pending requests and all grants."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, hub: Hub, now: float) -> None:
         self._hub = hub
         self._pending: dict[str, Pending] = {}
         self._ingest_key = hub.random_bytes(32)
         self._receiver_keys: dict[str, str] = {}
-        self._held: dict[tuple[int, int, str], tuple[Session, to_client.RequestAuthorization]] = {}
+        self.held = HeldRequests(hub, self.request)
+        known = [site for site in hub.policy.sites.values() if hub.store.devices_of(site.id)]
+        self._expected_until = {site.name: now + RETURN_GRACE for site in known}
 
     # requests
 
@@ -60,35 +63,23 @@ class Access:
             self._refuse(client, message.resource_id, rule)
             return
         gateway = self.select(client, rule[0], message.connected_gateway_ids)
+        until = self._patience(client, gateway, rule[0].site)
+        if now < until and self.held.hold(client, message, until):
+            return
         if isinstance(gateway, FailReason):
             self._refuse(client, message.resource_id, gateway)
-        elif not self._hold(client, gateway, message, now):
+        else:
             self._ask(client, gateway, *rule, message.connected_gateway_ids, now)
 
-    def _hold(self, client: Session, gateway: Session, message: to_client.RequestAuthorization, now: float) -> bool:
-        """A gateway that just joined is about to say what it can do: decide the mode of a new pair only then."""
-        until = gateway.joined_at + ABILITIES_TIMEOUT
-        may_be_iceless = self._hub.policy.allow_iceless and client.is_iceless and gateway.is_iceless is None
-        if not may_be_iceless or now >= until or len(self._held) >= MAX_HELD:
-            return False
-        if not self._hub.modes.is_open(client, gateway):
-            return False
-        self._held[gateway.id, client.id, message.resource_id] = (client, message)
-        self._hub.timers.set(("abilities", str(gateway.id)), until)
-        return True
-
-    def handle_abilities(self, session: Session, now: float) -> None:
-        """A gateway has said what it can do: requests that waited for it go on."""
-        if session.role == "gateway":
-            self._hub.timers.cancel(("abilities", str(session.id)))
-            self.handle_silent(session.id, now)
-
-    def handle_silent(self, gateway_session: int, now: float) -> None:
-        """It has had its time: requests go on."""
-        for key in [k for k in self._held if k[0] == gateway_session]:
-            client, message = self._held.pop(key)
-            if client.is_joined:
-                self.request(client, message, now)
+    def _patience(self, client: Session, gateway: Session | FailReason, site: str | None) -> float:
+        """Until when a request may wait: for a gateway to return, or to say what it can do, for a pair's mode."""
+        if gateway is FailReason.OFFLINE:
+            return self._expected_until.get(site or "", 0.0)
+        if isinstance(gateway, FailReason) or gateway.is_iceless is not None:
+            return 0.0
+        may_be_iceless = self._hub.policy.allow_iceless and client.is_iceless
+        is_undecided = may_be_iceless and self._hub.modes.is_open(client, gateway)
+        return gateway.joined_at + ABILITIES_TIMEOUT if is_undecided else 0.0
 
     def rule_for(self, client: Session, resource_id: str) -> tuple[ResourceRule, AccessRule] | FailReason:
         """What lets a client use a resource behind gateways, or why nothing does."""
@@ -174,6 +165,7 @@ class Access:
     def _supersede(self, client: Session, resource_id: str) -> None:
         for pending in [p for p in self._pending.values() if p.client is client and p.resource_id == resource_id]:
             self._drop(pending)
+        self.held.drop(client, resource_id)
 
     def _drop(self, pending: Pending) -> None:
         self._pending.pop(pending.ref, None)
@@ -207,14 +199,18 @@ class Access:
             self._refuse(pending.client, pending.resource_id, FailReason.OFFLINE)
 
     def handle_gone(self, session: Session, now: float) -> None:
-        """A peer left: its requests are void, those waiting for it go to another gateway."""
-        self._hub.timers.cancel(("abilities", str(session.id)))
-        self.handle_silent(session.id, now)
+        """A peer left: its requests are void, those waiting for it go to another gateway, or wait for its return."""
+        self.held.drop_all_of(session)
+        account = owner_of(self._hub.policy, session.role, session.token)
+        if isinstance(account, GatewayAccount) and session.was_joined:
+            self._expected_until[account.site] = now + RETURN_GRACE
         for pending in [p for p in self._pending.values() if session in (p.client, p.gateway)]:
             self._drop(pending)
             if pending.client is not session and pending.client.is_joined:
                 again = to_client.RequestAuthorization(pending.resource_id, pending.connected)
                 self.request(pending.client, again, now)
+        if session.role == "gateway":
+            self.held.retry(now)
 
     # grants
 
@@ -248,6 +244,9 @@ class Access:
         if known == receiver.public_key:
             return
         for grant in hub.store.grants_at(receiver.peer_id):
+            client = hub.peer(grant.client_id, "client")
+            if client is not None and self.held.is_held(client, grant.resource_id):
+                continue  # it knows, and waits
             if receiver.role == "client":
                 hub.store.remove_grant(grant)
                 self._deny(grant, FailReason.OFFLINE)

@@ -15,6 +15,7 @@ from fz_core.embedded.portal_modes import Modes
 from fz_core.embedded.portal_session import Session
 from fz_core.embedded.portal_versions import SITES, understands
 from fz_core.embedded.store import Store
+from fz_core.packet import Address
 from fz_core.portal import client_wire, gateway, relay
 from fz_core.portal.codec import Codec
 from fz_core.portal.framing import Frame
@@ -41,7 +42,22 @@ class Close:
     reason: str
 
 
-Output = Send | Close
+@dataclass(frozen=True, slots=True)
+class Evict(Close):
+    """End a connection that another process of the same device replaced; `text` is for it if it still lives."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """See whether a relay answers at these addresses, and tell `handle_relay_dead` if not."""
+
+    relay_id: str
+    addresses: tuple[Address, ...]
+
+
+Output = Send | Close | Look
 
 TO_PEER: dict[str, Codec] = {"client": client_wire.TO_CLIENT, "gateway": gateway.TO_GATEWAY, "relay": relay.TO_RELAY}
 FROM_PEER: dict[str, Codec] = {
@@ -98,6 +114,7 @@ class Hub:
         self.policy, self.store, self.random_bytes = policy, store, random_bytes
         self.timers, self.modes = Timers(), Modes()
         self.sessions: dict[int, Session] = {}
+        self.missing_relays: set[str] = set()
         self.outputs: deque[Output] = deque()
         self._unix_epoch = unix_epoch
         self._by_device: dict[str, Session] = {}
@@ -119,10 +136,18 @@ class Hub:
         old = self._by_device.get(session.peer_id) if session.device else None
         if old is not None:
             log.info("Replaced role=%s name=%s remote=%s by remote=%s", old.role, old.name, old.remote, session.remote)
-            self.close(old, "replaced by a newer connection of this device")
+            self._replace(old, session)
         self.sessions[session.id] = session
         if session.device is not None:
             self._by_device[session.peer_id] = session
+
+    def _replace(self, old: Session, session: Session) -> None:
+        """A process that comes back keeps its key; two that fight over one identity would never come to rest."""
+        reason = "replaced by a newer connection of this device"
+        if old.role != "client" or old.public_key == session.public_key:
+            self.close(old, reason)
+        elif self.forget(old):
+            self.outputs.append(Evict(old.id, reason, _token_expired(old)))
 
     def forget(self, session: Session) -> bool:
         """The connection is gone; False if that was known."""
@@ -172,8 +197,7 @@ class Hub:
     def expel(self, session: Session) -> None:
         """End a connection whose token is not valid any more; the peer gives up."""
         if session.id in self.sessions:
-            payload = {"reason": "token_expired"}
-            self.outputs.append(Send(session.id, Frame(session.role, "disconnect", payload).encode()))
+            self.outputs.append(Send(session.id, _token_expired(session)))
             self.close(session, "token expired or revoked")
 
     # relays
@@ -181,12 +205,12 @@ class Hub:
     def relays_for(self, session: Session) -> tuple[Relay, ...]:
         """Up to two relays, those given before first, with credentials for this peer."""
         online = {s.relay_id: s for s in self.joined("relay") if s.relay_id}
-        chosen = [i for i in online if i in session.relays][:MAX_RELAYS]
+        chosen = [i for i in (*online, *sorted(self.missing_relays)) if i in session.relays][:MAX_RELAYS]
         others = [i for i in online if i not in chosen]
         while others and len(chosen) < MAX_RELAYS:
             chosen.append(others.pop(self.choose(len(others))))
         session.relays = set(chosen)
-        return tuple(r for i in chosen for r in self._entries(online[i], session))
+        return tuple(r for i in chosen if i in online for r in self._entries(online[i], session))
 
     def _entries(self, relay_session: Session, session: Session) -> Iterator[Relay]:
         account = session.account
@@ -194,3 +218,7 @@ class Hub:
         secret, identity = relay_session.stamp_secret or "", relay_session.relay_id or ""
         username, password = turn_credentials(session.public_key, expires_at, secret)
         return (Relay(identity, a, username, password, expires_at) for a in relay_session.addresses)
+
+
+def _token_expired(session: Session) -> str:
+    return Frame(session.role, "disconnect", {"reason": "token_expired"}).encode()

@@ -19,12 +19,15 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_server_st
 
 from fz_core.embedded.policy import Policy
 from fz_core.embedded.portal_http import Head, PrefixedStream, answer, knock_of, problem, read_head
-from fz_core.embedded.portal_session import Refusal
-from fz_core.embedded.portal_state import Close, PortalState, Send
+from fz_core.embedded.portal_session import Knock, Refusal
+from fz_core.embedded.portal_state import Close, Evict, Look, PortalState, Send
+from fz_core.embedded.relay_check import is_dead
 
 HEAD_TIMEOUT = 10.0
 CLOSE_TIMEOUT = 2.0
 SEND_TIMEOUT = 30.0
+ALIVE_TIMEOUT = 1.0
+MAX_LOOKS = 64
 MAX_CONNECTIONS = 4096
 MAX_MESSAGE_BYTES = 256 * 1024
 QUEUE = 256
@@ -37,6 +40,7 @@ class Connection:
 
     outbox: trio.MemorySendChannel[str]
     inbox: trio.MemoryReceiveChannel[str]
+    websocket: WebSocketConnection | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -48,6 +52,8 @@ class PortalServer:
         self._slots = trio.Semaphore(max_connections)
         self._connections: dict[int, Connection] = {}
         self._wake = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._looks = 0
 
     async def serve(
         self,
@@ -57,6 +63,7 @@ class PortalServer:
     ) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._keep_time)
             await nursery.start(trio.serve_listeners, self._handle, list(listeners))
             task_status.started()
@@ -78,6 +85,9 @@ class PortalServer:
     def _flush(self) -> None:
         """Hand all output to the connections' queues."""
         while (output := self._state.poll_output()) is not None:
+            if isinstance(output, Look):
+                self._start_look(output)
+                continue
             connection = self._connections.get(output.session_id)
             if connection is None:
                 continue
@@ -90,6 +100,11 @@ class PortalServer:
                         self._drop(output.session_id)
                     except trio.BrokenResourceError:
                         pass
+                case Evict(session_id, reason, text):
+                    log.debug("Closing session=%d: %s", session_id, reason)
+                    del self._connections[session_id]
+                    if self._nursery is not None:
+                        self._nursery.start_soon(self._evict, connection, text)
                 case Close(session_id, reason):
                     log.debug("Closing session=%d: %s", session_id, reason)
                     del self._connections[session_id]
@@ -101,6 +116,38 @@ class PortalServer:
         if connection is not None:
             connection.scope.cancel()
             self._state.handle_closed(session_id, trio.current_time())
+
+    async def _evict(self, connection: Connection, text: str) -> None:
+        """A process that is replaced hears why, if it still lives: else it would come back and replace the other."""
+        with connection.outbox:
+            if await _is_alive(connection):
+                try:
+                    connection.outbox.send_nowait(text)
+                except (trio.WouldBlock, trio.BrokenResourceError):
+                    pass
+
+    def _start_look(self, look: Look) -> None:
+        if self._nursery is not None and self._looks < MAX_LOOKS:
+            self._looks += 1
+            self._nursery.start_soon(self._look, look)
+
+    async def _look(self, look: Look) -> None:
+        try:
+            dead = await is_dead(look.addresses)
+        finally:
+            self._looks -= 1
+        if dead:
+            self._state.handle_relay_dead(look.relay_id, trio.current_time())
+            self._wake.set()
+
+    async def _admit(self, knock: Knock) -> int | Refusal:
+        """Let in, unless another gateway of this identity is there and answers; a dead connection hinders nobody."""
+        if knock.role == "gateway":
+            rival = self._state.rival_of(knock, trio.current_time())
+            connection = None if rival is None else self._connections.get(rival)
+            if connection is not None and await _is_alive(connection):
+                return Refusal(409, "gateway_already_connected", "A gateway with this id is connected already.")
+        return self._state.open(knock, trio.current_time())
 
     # one connection
 
@@ -132,7 +179,7 @@ class PortalServer:
             await _say(stream, answer(200, b"ok\n"))
             return
         knock = head if isinstance(head, Refusal) else knock_of(head, _remote(stream))
-        admitted = knock if isinstance(knock, Refusal) else self._state.open(knock, trio.current_time())
+        admitted = knock if isinstance(knock, Refusal) else await self._admit(knock)
         if isinstance(admitted, Refusal):
             log.info("Refused connection remote=%s status=%d code=%s", _remote(stream), admitted.status, admitted.code)
             await _say(stream, problem(admitted))
@@ -154,7 +201,7 @@ class PortalServer:
         async with trio.open_nursery() as nursery:
             with trio.fail_after(HEAD_TIMEOUT):
                 request = await wrap_server_stream(nursery, stream, max_message_size=MAX_MESSAGE_BYTES)
-                websocket = await request.accept()
+                websocket = connection.websocket = await request.accept()
             nursery.start_soon(self._write, websocket, connection, nursery.cancel_scope)
             try:
                 while True:
@@ -172,6 +219,19 @@ class PortalServer:
         with trio.move_on_after(CLOSE_TIMEOUT):
             await websocket.aclose()
         scope.cancel()
+
+
+async def _is_alive(connection: Connection) -> bool:
+    """Whether a peer answers a ping within 1 s."""
+    if connection.websocket is None:
+        return False
+    with trio.move_on_after(ALIVE_TIMEOUT):
+        try:
+            await connection.websocket.ping()
+        except (ConnectionClosed, OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        return True
+    return False
 
 
 async def _say(stream: trio.abc.HalfCloseableStream, data: bytes) -> None:

@@ -59,6 +59,7 @@ class Session:
     user_agent: str = ""
     remote: str = ""
     is_joined: bool = False
+    was_joined: bool = False
     joined_at: float = 0.0
     is_iceless: bool | None = None
     relays: set[str] = field(default_factory=set)

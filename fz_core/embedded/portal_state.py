@@ -17,7 +17,7 @@ from fz_core.embedded.policy import ClientAccount, GatewayAccount, Policy, Resou
 from fz_core.embedded.portal_access import Access
 from fz_core.embedded.portal_changes import apply_policy
 from fz_core.embedded.portal_devices import DevicePools
-from fz_core.embedded.portal_hub import FROM_PEER, Close, Hub, Output, Send, log
+from fz_core.embedded.portal_hub import FROM_PEER, Close, Evict, Hub, Look, Output, Send, log
 from fz_core.embedded.portal_legacy import OldClients
 from fz_core.embedded.portal_session import Knock, Refusal, Session, admit, external_id_of
 from fz_core.embedded.store import Store, StoreFull
@@ -36,7 +36,7 @@ PRESENCE_DELAY = 1.0
 MAX_SESSIONS = 4096
 MAX_SECRET = 256
 
-__all__ = ["Close", "Knock", "PortalState", "Refusal", "Send"]
+__all__ = ["Close", "Evict", "Knock", "Look", "PortalState", "Refusal", "Send"]
 
 
 class PortalState:
@@ -53,7 +53,7 @@ class PortalState:
         max_sessions: int = MAX_SESSIONS,
     ) -> None:
         self._hub = Hub(policy, store, unix_epoch, random_bytes)
-        self._access = Access(self._hub)
+        self._access = Access(self._hub, now)
         self._pools = DevicePools(self._hub, self._access)
         self._old_clients = OldClients(self._hub, self._access)
         self._max_sessions, self._last_id = max_sessions, 0
@@ -103,6 +103,16 @@ class PortalState:
             hub.timers.set(("token", str(session.id)), hub.monotonic(session.account.expires_at))
         return session.id
 
+    def rival_of(self, knock: Knock, now: float) -> int | None:
+        """The connection a knock would replace, if that of another process: one with another key."""
+        hub = self._hub
+        session = admit(knock, hub.policy, 0, hub.unix(now), now)
+        if isinstance(session, Refusal) or session.account is None:
+            return None
+        device = hub.store.find(session.role, self._owner(session), external_id_of(knock.params))
+        old = hub.peer(device.id, session.role) if device else None
+        return old.id if old is not None and old.public_key != session.public_key else None
+
     def _owner(self, session: Session) -> str:
         account = session.account
         if isinstance(account, GatewayAccount):
@@ -150,8 +160,11 @@ class PortalState:
                     self._announce_relays()
                 case ("pending", ref):
                     self._access.handle_unanswered(ref)
-                case ("abilities", session_id):
-                    self._access.handle_silent(int(session_id), now)
+                case ("held", session_id, resource_id):
+                    self._access.held.handle_due(int(session_id), resource_id, now)
+                case ("missing", identity):
+                    self._hub.missing_relays.discard(identity)
+                    self._announce_relays()
                 case ("waiting", ref):
                     self._old_clients.handle_unanswered(ref)
                 case ("token", session_id):
@@ -181,7 +194,8 @@ class PortalState:
         if session.role == "relay" and not self._join_relay(session, frame, now):
             self._hub.reply(session, frame, "error", {"reason": "invalid stamp_secret"})
             return
-        session.is_joined, session.joined_at = True, now
+        session.is_joined = session.was_joined = True
+        session.joined_at = now
         self._hub.reply(session, frame, "ok")
         version = session.agent.version_text if session.agent else None
         log.info("Joined role=%s name=%s version=%s", session.role, session.name, version)
@@ -192,6 +206,7 @@ class PortalState:
         elif session.role == "gateway":
             self._access.handle_receiver_joined(session)
             self._send_gateway_init(session, now)
+            self._access.held.retry(now)
         else:
             self._hub.send(session, to_relay.Init())
 
@@ -203,6 +218,8 @@ class PortalState:
         for old in [s for s in self._hub.joined("relay") if s.relay_id == identity and s is not session]:
             self._hub.close(old, "replaced by a newer connection of this relay")
         session.stamp_secret, session.relay_id = secret, identity
+        self._hub.missing_relays.discard(identity)
+        self._hub.timers.cancel(("missing", identity))
         self._hub.timers.set(("presence",), now + PRESENCE_DELAY)
         return True
 
@@ -267,8 +284,9 @@ class PortalState:
                 self._hub.reply(session, frame, "error", {"reason": "unknown_message"})
             case to_client.SetSnownetCapabilities(iceless):
                 session.is_iceless = iceless
-                self._access.handle_abilities(session, now)
+                self._access.held.retry(now)
             case to_client.NoRelays():
+                session.relays = set()
                 self._hub.send(session, to_client.RelaysPresence((), self._hub.relays_for(session)))
             case to_gateway.AuthorizationCreated(ref):
                 self._acknowledge(session, frame, self._access.confirm(session, ref, now))
@@ -333,10 +351,24 @@ class PortalState:
     def _left(self, session: Session, now: float) -> None:
         self._hub.timers.cancel(("token", str(session.id)))
         if session.role == "relay":
-            self._hub.timers.set(("presence",), now + PRESENCE_DELAY)
+            self._miss(session, now)
         else:
             self._access.handle_gone(session, now)
             self._old_clients.handle_gone(session)
+
+    def _miss(self, session: Session, now: float) -> None:
+        """A relay's connection ended; perhaps only that. Have it looked at, and wait for it a moment."""
+        identity = session.relay_id
+        if identity is None or any(s.relay_id == identity for s in self._hub.joined("relay")):
+            return
+        self._hub.missing_relays.add(identity)
+        self._hub.timers.set(("missing", identity), now + PRESENCE_DELAY)
+        self._hub.outputs.append(Look(identity, session.addresses))
+
+    def handle_relay_dead(self, identity: str, now: float) -> None:
+        """A relay to `Look` at does not answer its clients either: waiting for it is no use."""
+        if identity in self._hub.missing_relays:
+            self._hub.timers.set(("missing", identity), now)
 
     def _expire_token(self, session_id: int, now: float) -> None:
         session = self._hub.sessions.get(session_id)
@@ -353,11 +385,12 @@ class PortalState:
 
     def _announce_relays(self) -> None:
         """Replace relays that went away, and complete what has too few."""
-        online = {s.relay_id for s in self._hub.joined("relay") if s.relay_id}
+        hub = self._hub
+        present = hub.missing_relays | {s.relay_id for s in hub.joined("relay") if s.relay_id}
         for role in ("client", "gateway"):
-            for session in self._hub.joined(role):
+            for session in hub.joined(role):
                 given = set(session.relays)
-                connected = self._hub.relays_for(session)
-                gone = given - online
-                if gone or session.relays != given:
-                    self._hub.send(session, to_client.RelaysPresence(tuple(sorted(gone)), connected))
+                connected = hub.relays_for(session)
+                gone = given - present
+                if gone or session.relays - given:
+                    hub.send(session, to_client.RelaysPresence(tuple(sorted(gone)), connected))

@@ -99,10 +99,10 @@ class Store:
         self, role: str, owner: str, external_id: str, name: str, unix_now: int, online: Collection[str] = ()
     ) -> Device:
         """The device of this identity. StoreFull if its owner has too many that are all online."""
-        found = self._select("WHERE role = ? AND owner = ? AND external_id = ?", (role, owner, external_id))
-        if found:
-            self._db.execute("UPDATE device SET name = ?, seen_at = ? WHERE id = ?", (name, unix_now, found[0].id))
-            return self.device(found[0].id) or found[0]
+        found = self.find(role, owner, external_id)
+        if found is not None:
+            self._db.execute("UPDATE device SET name = ?, seen_at = ? WHERE id = ?", (name, unix_now, found.id))
+            return self.device(found.id) or found
         self._make_room(role, owner, online)
         identity = str(uuid.UUID(bytes=self._random_bytes(16), version=4))
         self._db.execute(
@@ -111,6 +111,11 @@ class Store:
              self._random_bytes(32), unix_now),
         )  # fmt: skip
         return self._select("WHERE id = ?", (identity,))[0]
+
+    def find(self, role: str, owner: str, external_id: str) -> Device | None:
+        """The device of this identity, if it is known."""
+        found = self._select("WHERE role = ? AND owner = ? AND external_id = ?", (role, owner, external_id))
+        return found[0] if found else None
 
     def device(self, device_id: str) -> Device | None:
         """A device by id."""

@@ -11,7 +11,7 @@ from typing import Any
 from fz_core.embedded.policy import Policy
 from fz_core.embedded.policy_file import read_policy
 from fz_core.embedded.portal_session import Knock, Refusal
-from fz_core.embedded.portal_state import Close, PortalState, Send
+from fz_core.embedded.portal_state import Close, Evict, Look, PortalState, Send
 from fz_core.embedded.store import Store
 
 UNIX = 1_800_000_000
@@ -100,6 +100,7 @@ class Peer:
         self.world, self.session_id, self.role = world, session_id, role
         self.inbox: list[dict[str, Any]] = []
         self.is_closed = False
+        self.last_word: Any = None
         self.id = ""
         self._ref = 0
 
@@ -140,23 +141,24 @@ class World:
         self.store = store or Store(":memory:", self.random.randbytes)
         self.peers: dict[int, Peer] = {}
         self.log: list[tuple[int, str]] = []
+        self.looks: list[Look] = []
         self.state = PortalState(
             policy, self.store, unix_epoch=UNIX - self.now, random_bytes=self.random.randbytes, now=self.now
         )
 
     def knock(self, role: str, **options: Any) -> int | Refusal:
+        return self.state.open(self.knock_of(role, **options), self.now)
+
+    def knock_of(self, role: str, **options: Any) -> Knock:
         key = options.pop("key", role[0].encode() * 32)
         params = {"external_id": f"{role}-1", "name": f"{role}-name", "public_key": base64.b64encode(key).decode()}
         if role == "relay":
             params = {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1", "port": "3478"}
         params |= options.pop("params", {})
         default_agent = CLIENT_AGENT if role == "client" else GATEWAY_AGENT
-        return self.state.open(
-            Knock(
-                role, options.pop("legacy", False), params, options.pop("token", TOKENS[role]),
-                options.pop("agent", default_agent), "192.0.2.9",
-            ),
-            self.now,
+        return Knock(
+            role, options.pop("legacy", False), params, options.pop("token", TOKENS[role]),
+            options.pop("agent", default_agent), "192.0.2.9",
         )  # fmt: skip
 
     def open(self, role: str, **options: Any) -> Peer:
@@ -183,6 +185,9 @@ class World:
 
     def drain(self) -> None:
         while (output := self.state.poll_output()) is not None:
+            if isinstance(output, Look):
+                self.looks.append(output)
+                continue
             peer = self.peers.get(output.session_id)
             if isinstance(output, Send) and peer is not None:
                 frame = json.loads(output.text)
@@ -190,6 +195,8 @@ class World:
                 self.log.append((output.session_id, frame["event"]))
             elif isinstance(output, Close) and peer is not None:
                 peer.is_closed = True
+                if isinstance(output, Evict):
+                    peer.last_word = json.loads(output.text)
 
     def advance(self, seconds: float) -> None:
         end = self.now + seconds

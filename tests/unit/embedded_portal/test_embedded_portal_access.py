@@ -205,6 +205,8 @@ def test_a_pending_request_moves_on_when_its_gateway_leaves(world: World) -> Non
     asked.leave()
     assert len(other.take("create_authorization")) == 1
     other.leave()
+    assert reasons(client) == [], "it may be back soon"
+    world.advance(5.0)
     assert reasons(client) == ["offline"]
 
 
