@@ -56,6 +56,7 @@ def download_and_roam(programs: Programs, settings: Settings) -> Outcome:
         path = b.system.lab.folder / "download"
         url = f"http://{SERVER}/bytes?num={DOWNLOAD}"
         limits = ["--limit-rate", RATE, "--max-time", "90"]
+        b.client.host.sysctl("net.ipv4.tcp_rmem=4096 65536 131072")  # or curl finds it all waiting for it, and is done
         curl = b.client.host.spawn("download", ["curl", "-sS", *limits, "-o", str(path), url])
         time.sleep(1.0)
         b.strike()

@@ -30,15 +30,45 @@ STEADY = 1.5  # seconds of answers after which an outage counts as over
 PAYLOAD = struct.Struct("!Q56x")
 
 
-class Prober:
+class Record:
+    """What was asked and answered, one question every `pace` seconds."""
+
+    def __init__(self, pace: float = PACE) -> None:
+        self.pace = pace
+        self.asked: list[float] = []  # when question n was asked
+        self.answers: list[tuple[float, int]] = []  # when which one was answered
+
+    def answered_at(self, asked_after: float) -> float | None:
+        """When the first answer came to a question asked after this instant."""
+        return next((at for at, number in list(self.answers) if self.asked[number] >= asked_after), None)
+
+    def outage(self, since: float, until: float) -> float:
+        """The longest time without answers between these instants."""
+        return max(self.gaps(since, until), default=0.0)
+
+    def gaps(self, since: float, until: float, least: float = 0.0) -> list[float]:
+        """All times without answers of at least this many seconds, in order."""
+        times = [at for at, _ in list(self.answers) if at <= until]
+        before = max((at for at in times if at <= since), default=since)
+        instants = [before, *(at for at in times if at > since), until]
+        found = (max(0.0, b - a - self.pace) for a, b in pairwise(instants))
+        return [gap for gap in found if gap >= least]
+
+    def share(self, since: float, until: float) -> float:
+        """Which share of the questions asked between these instants was answered."""
+        answers = {number for _, number in list(self.answers)}
+        asked = [number for number, at in enumerate(list(self.asked)) if since <= at < until]
+        return sum(number in answers for number in asked) / len(asked) if asked else 0.0
+
+
+class Prober(Record):
     """Asks the echo server at `target`, from the machine `host`, until stopped."""
 
     def __init__(self, host: Host, target: str, pace: float = PACE) -> None:
-        self._host, self._target, self._pace = host, target, pace
+        super().__init__(pace)
+        self._host, self._target = host, target
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.asked: list[float] = []  # when question n was asked
-        self.answers: list[tuple[float, int]] = []  # when which one was answered
         self.repeated = 0  # answers to what was answered before
 
     def __enter__(self) -> Prober:
@@ -55,19 +85,13 @@ class Prober:
         self._stop.set()
         self._thread.join()
 
-    # what was seen
-
-    def answered_at(self, asked_after: float) -> float | None:
-        """When the first answer came to a question asked after this instant."""
-        return next((at for at, number in list(self.answers) if self.asked[number] >= asked_after), None)
-
     def wait_for_answer(self, within: float, asked_after: float = 0.0) -> float:
         """When the first answer came to a question asked after this instant. LabError if none comes."""
         deadline = time.monotonic() + within
         while (at := self.answered_at(asked_after)) is None:
             if time.monotonic() > deadline:
                 raise LabError(f"nothing came within {within:.0f} s")
-            time.sleep(self._pace)
+            time.sleep(self.pace)
         return at
 
     def settle(self, since: float, watch: float = 4.0, within: float = 90.0) -> float:
@@ -86,26 +110,6 @@ class Prober:
                 state = f"{self.share(now - STEADY, now - 0.3):.0%} of probes are answered"
                 raise LabError(f"not back within {within:.0f} s: {state}, the last one {now - last:.1f} s ago")
 
-    def outage(self, since: float, until: float) -> float:
-        """The longest time without answers between these instants."""
-        return max(self.gaps(since, until), default=0.0)
-
-    def gaps(self, since: float, until: float, least: float = 0.0) -> list[float]:
-        """All times without answers of at least this many seconds, in order."""
-        times = [at for at, _ in list(self.answers) if at <= until]
-        before = max((at for at in times if at <= since), default=since)
-        instants = [before, *(at for at in times if at > since), until]
-        found = (max(0.0, b - a - self._pace) for a, b in pairwise(instants))
-        return [gap for gap in found if gap >= least]
-
-    def share(self, since: float, until: float) -> float:
-        """Which share of the questions asked between these instants was answered."""
-        answers = {number for _, number in list(self.answers)}
-        asked = [number for number, at in enumerate(list(self.asked)) if since <= at < until]
-        return sum(number in answers for number in asked) / len(asked) if asked else 0.0
-
-    # asking
-
     def _run(self) -> None:
         """Sockets belong to the machine the thread is in."""
         poll = select.epoll()
@@ -122,7 +126,7 @@ class Prober:
                 now = time.monotonic()
                 if now < next_at:
                     continue
-                next_at = max(next_at + self._pace, now)
+                next_at = max(next_at + self.pace, now)
                 number = len(self.asked)
                 self.asked.append(now)
                 sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
