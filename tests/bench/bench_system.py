@@ -3,7 +3,8 @@
     python -m tests.bench.bench_system [--seconds 5] [--peers FOLDER]
 
 Both tunnel ends, the routers and iperf3 share this machine's cores. With --peers the official programs of
-that folder are measured too. JSON on stdout, progress on stderr.
+that folder are measured too. JSON on stdout, progress on stderr. QUIC is not measured: none of the system packages
+makes such load; UDP stands for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from fz_core.lab import Host, Lab
 from fz_core.lab.system import Programs, Shape, System
+from tests.bench.program_load import Sample, drops, rest
 
 SERVER = "10.20.0.80"
 
@@ -92,28 +94,42 @@ def wireguard_go(seconds: float) -> dict[str, Any]:
         return both_ways(ends["b"], "10.9.0.1", seconds)
 
 
-def tunnel(programs: Programs, seconds: float, *, relayed: bool) -> dict[str, Any]:
-    """Client to gateway, with memory and processor time of both ends."""
+TRAFFIC = {
+    "upload": (),
+    "download": ("-R",),
+    "udp_200": ("-u", "-b", "200M", "-l", "1200"),
+    "udp_200_download": ("-u", "-b", "200M", "-l", "1200", "-R"),
+}
+
+
+def tunnel(programs: Programs, seconds: float, *, relayed: bool, delay_ms: float = 0.0) -> dict[str, Any]:
+    """Client to gateway, with what it costs both ends and the relay."""
     with Lab() as lab:
-        system = System(lab, programs, Shape())
+        system = System(lab, programs, Shape(delay_ms=delay_ms))
         system.start()
         if relayed:
             system.block_direct()
         server = next(n for n in lab.namespaces if n.name == "gateway-web")
         assert isinstance(server, Host)
         serve_iperf(server)
-        client = system.clients[0]
         system.fetch(0.001, timeout=20)
-        ends = {"client": client.process, "gateway": system.gateways[0].process}
+        ends = {"client": system.clients[0].process, "gateway": system.gateways[0].process}
         if relayed:
             ends["relay"] = system.relays[0]
-        memory = {name: p.memory_kib() for name, p in ends.items()}
-        before = {name: p.cpu_seconds() for name, p in ends.items()}
-        result = both_ways(client.host, SERVER, seconds)
-        result["udp_200"] = iperf(client.host, SERVER, seconds, "-u", "-b", "200M", "-l", "1200")
+        memory = {name: [p.memory_kib()] for name, p in ends.items()}
+        cpu = {name: p.cpu_seconds() for name, p in ends.items()}
+        result: dict[str, Any] = {}
+        for kind, options in TRAFFIC.items():
+            before = {name: Sample.of(p.pid) for name, p in ends.items()}
+            result[kind] = iperf(system.clients[0].host, SERVER, seconds, *options)
+            result[kind]["load"] = {name: Sample.of(p.pid).since(before[name]) for name, p in ends.items()}
+            for name, process in ends.items():
+                memory[name].append(process.memory_kib())
         result["path"] = system.path_of()
-        result["cpu_s"] = {name: round(p.cpu_seconds() - before[name], 2) for name, p in ends.items()}
-        result["rss_kib_before_after"] = {name: [memory[name], p.memory_kib()] for name, p in ends.items()}
+        result["cpu_s"] = {name: round(p.cpu_seconds() - cpu[name], 2) for name, p in ends.items()}
+        result["rss_kib"] = memory
+        result["drops"] = {name: drops(p.pid) for name, p in ends.items()}
+        result["at_rest"] = {name: rest(p.pid, 1.0) for name, p in ends.items()}
         result["warnings"] = len(system.warnings())
         return result
 
@@ -150,10 +166,10 @@ def main() -> None:
     note("wireguard-go")
     report["wireguard-go"] = wireguard_go(options.seconds)
     for name, programs in contestants.items():
-        for relayed in (False, True):
-            kind = "relayed" if relayed else "direct"
-            note(f"{name}, {kind}")
-            report[f"{name}, {kind}"] = tunnel(programs, options.seconds, relayed=relayed)
+        for relayed, delay in ((False, 0.0), (True, 0.0), (False, 20.0), (True, 20.0)):
+            kind = f"{name}, {'relayed' if relayed else 'direct'}" + (f", {delay:g} ms" if delay else "")
+            note(kind)
+            report[kind] = tunnel(programs, options.seconds, relayed=relayed, delay_ms=delay)
         for delay in (0.0, 20.0):
             note(f"{name}, first byte, {delay:g} ms")
             report[f"{name}, first byte, {delay:g} ms links"] = first_byte(programs, options.runs, delay)
