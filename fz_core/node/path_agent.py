@@ -11,8 +11,9 @@
     agent.handle_probe(local, remote, packet, now)            a decrypted packet for which `is_probe` holds
     agent.handle_timeout(now); agent.poll_timeout()
     agent.poll_transmit() -> Transmit                         handshake bytes, to send as they are
-    agent.poll_probe() -> (local, remote, packet)             to encrypt and send on exactly that pair
-    agent.poll_event() -> PrimaryChanged | PathSilent | AllPathsSilent
+    agent.poll_probe() -> (local, remote, packet)             to encrypt and send on exactly that pair;
+    agent.note_probe_unsealed(now)                            if the tunnel cannot
+    agent.poll_event() -> Nominated | PathSilent | AllPathsSilent       data stays on the last Nominated until the next
 
 **After every call that takes `now`, drain the three polls and ask for the timeout again** (after the two per-packet
 calls only if they return True). `local` is what `Transmit.local` means to `ice.Agent`: a host's own address, the
@@ -27,18 +28,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
-from fz_core.ice import Candidate, IceState, TimingProfile
+from fz_core.ice import Candidate, IceState, Nominated, PathSilent, TimingProfile
 from fz_core.node.path_candidates import PathCandidates
-from fz_core.node.path_events import AllPathsSilent, PathEvent, PathSilent, PrimaryChanged
+from fz_core.node.path_events import AllPathsSilent, PathEvent
 from fz_core.node.path_handshake import Copies, FanOut
 from fz_core.node.path_health import CHANGE_PATIENCE, OUTAGE_PATIENCE, PathHealth, Verdict
 from fz_core.node.path_pair import PRIMARY_KEEPALIVE, PROBE_BUDGET, Key, Pair
+from fz_core.node.path_pairs import PathPairs
 from fz_core.node.path_probe import build_probe, parse_probe
-from fz_core.node.path_score import by_score, is_clear_win
+from fz_core.node.path_score import is_clear_win
 from fz_core.packet import Address, Transmit
 
 # How long the former primary is waited for when only a new candidate made us look again.
 FORMER_PREFERENCE = 0.3
+# Without a primary a probe leaves every second, or cannot.
+UNSEALED_TTL = 2.0
 
 
 class PathAgent:
@@ -47,13 +51,12 @@ class PathAgent:
     def __init__(self, controlling: bool, now: float) -> None:
         self._controlling = controlling
         self._candidates = PathCandidates()
-        self._pairs: dict[Key, Pair] = {}
-        self._next_id = 0
+        self._pairs = PathPairs()
         self._primary: Pair | None = None
         self._former: Pair | None = None
         self._former_until = float("-inf")
         self._has_session = False
-        self._is_probing = False
+        self._unsealed_at = float("-inf")
         self._fan_out: FanOut | None = None
         self._copies = Copies()
         self._health = PathHealth(now)
@@ -71,12 +74,12 @@ class PathAgent:
         """In the words of ICE: connected means a primary is chosen."""
         if self._primary is not None:
             return IceState.CONNECTED
-        return IceState.CHECKING if self._pairs else IceState.NEW
+        return IceState.CHECKING if any(self._pairs) else IceState.NEW
 
     @property
-    def nominated(self) -> PrimaryChanged | None:
+    def nominated(self) -> Nominated | None:
         """The pair in use."""
-        return None if self._primary is None else event_of(self._primary)
+        return None if self._primary is None else self._primary.nominated
 
     @property
     def primary(self) -> Key | None:
@@ -84,9 +87,18 @@ class PathAgent:
         return None if self._primary is None else self._primary.key
 
     @property
-    def has_session(self) -> bool:
-        """Whether a handshake was ever completed."""
-        return self._has_session
+    def has_live_path(self) -> bool:
+        """Whether a primary is chosen."""
+        return self._primary is not None
+
+    def is_silent(self, local: Address, remote: Address) -> bool:
+        """Whether this path gave no answers when it was in use, and none since."""
+        pair = self._pairs.get((local, remote))
+        return pair is not None and pair.is_dead
+
+    def check_selected(self, now: float) -> None:
+        """The path in use is doubted for reasons we cannot see: probe it at the next turn."""
+        self._health.doubt(now)
 
     @property
     def local_candidates(self) -> tuple[Candidate, ...]:
@@ -101,7 +113,7 @@ class PathAgent:
     @property
     def pairs(self) -> tuple[Key, ...]:
         """Every (local, remote) that may be probed."""
-        return tuple(self._pairs)
+        return tuple(pair.key for pair in self._pairs)
 
     def set_profile(self, profile: TimingProfile, now: float) -> None:
         """Nothing: an idle connection already sends one probe per 25 s."""
@@ -134,7 +146,8 @@ class PathAgent:
         """Our surroundings changed: keep these locals, all remotes and the session; measure everything anew."""
         self._candidates.keep_locals(keep)
         self._pairs.clear()
-        self._next_id = 0
+        self._transmits.clear()
+        self._probes.clear()
         self._primary = self._former = None
         self._copies = Copies()
         if self._fan_out is not None:
@@ -146,8 +159,8 @@ class PathAgent:
 
     # Handshakes
 
-    def send_init(self, datagram: bytes, now: float, can_encrypt: bool = True) -> None:
-        """Our tunnel wants this init sent. `can_encrypt`: whether it has a session probes can use."""
+    def send_init(self, datagram: bytes, now: float) -> None:
+        """Our tunnel wants this init sent."""
         if not self._has_session:
             if self._fan_out is None:
                 self._fan_out = FanOut(datagram)
@@ -160,9 +173,9 @@ class PathAgent:
             self._transmit(self._primary.key, datagram)
             if is_distress:
                 self._clear(now, OUTAGE_PATIENCE)
-        elif not can_encrypt:
-            # no probe can find a path any more, so only a handshake can
-            for key in self._relayed():
+        elif now - self._unsealed_at <= UNSEALED_TTL:
+            # the session is over: no probe can find a path any more, only a handshake can
+            for key in self._pairs.relayed:
                 self._transmit(key, datagram)
 
     def is_copy(self, local: Address, remote: Address, datagram: bytes, now: float) -> bool:
@@ -200,6 +213,10 @@ class PathAgent:
             self._set_primary(pair, now)
         self._start_probing(now)
 
+    def note_probe_unsealed(self, now: float) -> None:
+        """The tunnel could not encrypt a probe of `poll_probe`."""
+        self._unsealed_at = now
+
     # Data
 
     def note_data_sent(self, now: float) -> bool:
@@ -209,7 +226,7 @@ class PathAgent:
     def note_data_received(self, local: Address, remote: Address, now: float) -> bool:
         """The tunnel decrypted data, a keep-alive included, but no probe. True: ask for the timeout again."""
         self._health.note_received(local, remote, now)
-        if self._is_probing:
+        if self._pairs.is_probing:
             return False
         return self._start_probing(now)
 
@@ -229,7 +246,7 @@ class PathAgent:
         self._register(remote, now)
         pair = self._pairs.get((local, remote))
         self._health.note_request(pair is not None and pair is self._primary, now)
-        if pair is not None and pair.next_at is None and pair.rtt is None and self._is_probing:
+        if pair is not None and pair.next_at is None and pair.rtt is None and self._pairs.is_probing:
             # its filter is open towards us at this moment
             pair.restart(now)
 
@@ -247,13 +264,13 @@ class PathAgent:
     def handle_timeout(self, now: float) -> None:
         """Run everything that is due."""
         self._drive_fan_out(now)
-        if not self._is_probing:
+        if not self._pairs.is_probing:
             return
         self._drive_health(now)
         if self._former is not None and now >= self._former_until:
             self._former = None
             self._select(now)
-        for pair in self._pairs.values():
+        for pair in self._pairs:
             if pair.next_at is not None and now >= pair.next_at:
                 self._fire(pair, now)
 
@@ -262,9 +279,9 @@ class PathAgent:
         due = []
         if self._fan_out is not None:
             due.append(self._fan_out.poll_timeout())
-        if self._is_probing:
+        if self._pairs.is_probing:
             due.append(self._health.poll_timeout())
-            due += [pair.next_at for pair in self._pairs.values()]
+            due.append(self._pairs.poll_timeout())
             if self._former is not None:
                 due.append(self._former_until)
         return min((at for at in due if at is not None), default=None)
@@ -283,7 +300,7 @@ class PathAgent:
 
     def _drive_fan_out(self, now: float) -> None:
         if self._fan_out is not None:
-            for key in self._fan_out.take_due(self._relayed(), now):
+            for key in self._fan_out.take_due(self._pairs.relayed, now):
                 self._transmit(key, self._fan_out.init)
 
     def _drive_health(self, now: float) -> None:
@@ -298,35 +315,28 @@ class PathAgent:
             if primary.sent >= PROBE_BUDGET:
                 primary.next_at = now + PRIMARY_KEEPALIVE
             if verdict is Verdict.PROBE_ALL:
-                for pair in self._pairs.values():
-                    if pair is not primary:
-                        pair.poke(now)
+                self._pairs.ask_others(primary, now)
 
     def _fire(self, pair: Pair, now: float) -> None:
-        is_primary = pair is self._primary
-        if is_primary and pair.has_unanswered(now - 1.0):
-            self._health.doubt(now)
         self._send_probe(pair, now)
-        pair.schedule(now, is_primary, self._primary is None)
+        pair.schedule(now, pair is self._primary, self._primary is None)
 
     def _send_probe(self, pair: Pair, now: float) -> None:
         self._probes.append((*pair.key, build_probe(True, pair.id, pair.fire(now))))
 
     def _start_probing(self, now: float) -> bool:
-        if self._is_probing or not self._has_session:
+        if self._pairs.is_probing or not self._has_session:
             return False
-        self._is_probing = True
         if self._primary is None:
             self._health.unwatch(now, CHANGE_PATIENCE)
-        for pair in self._pairs.values():
-            pair.restart(now)
+        self._pairs.start(now)
         return True
 
     # Choosing
 
     def _select(self, now: float) -> None:
         """Measured pairs only ever rise: a better bucket wins at once, an equal one if clearly faster."""
-        best = min((p for p in self._pairs.values() if p.rtt is not None), key=by_score, default=None)
+        best = self._pairs.best_measured()
         if best is None or best is self._primary:
             return
         if self._primary is None:
@@ -338,15 +348,8 @@ class PathAgent:
     def _set_primary(self, pair: Pair, now: float) -> None:
         self._primary, self._former = pair, None
         self._health.watch(*pair.key, now)
-        for other in self._pairs.values():
-            if other is pair:
-                if pair.next_at is None:
-                    pair.next_at = now + PRIMARY_KEEPALIVE
-            elif other.next_at is not None and other.rtt is None:
-                other.grant()
-            elif other.sent >= PROBE_BUDGET:
-                other.next_at = None
-        self._events.append(event_of(pair))
+        self._pairs.settle_on(pair, now)
+        self._events.append(pair.nominated)
 
     def _clear(self, now: float, patience: float, prefer_former: bool = False) -> None:
         """Look again: the primary has to win anew."""
@@ -357,21 +360,18 @@ class PathAgent:
         if not self._has_session:
             return
         self._health.unwatch(now, patience)
-        if self._is_probing:
-            for pair in self._pairs.values():
-                if pair is former or not pair.is_discovering:
-                    pair.restart(now)
+        if self._pairs.is_probing:
+            self._pairs.look_again(former, now)
 
     def _bury(self, now: float) -> None:
         """The primary is dead. Whoever answered during the alarm takes over, the rest is probed anew."""
         dead, self._primary, self._former = self._primary, None, None
         if dead is None:
             return
+        dead.is_dead = True
         self._events.append(PathSilent(*dead.key))
         self._health.unwatch(now, OUTAGE_PATIENCE)
-        for pair in self._pairs.values():
-            if pair is dead or pair.answered_at < self._health.suspected_at:
-                pair.restart(now)
+        self._pairs.bury(dead, self._health.suspected_at, now)
         self._select(now)
 
     # Pairs
@@ -379,20 +379,9 @@ class PathAgent:
     def _match(self, now: float) -> None:
         """Bring the pairs in line with the candidates; look again if one came, or the primary went."""
         wanted = self._candidates.form_pairs()
-        for key in [key for key in self._pairs if key not in wanted]:
-            del self._pairs[key]
-            if self._fan_out is not None:
-                self._fan_out.forget(key)
-        is_new = False
-        for key, kinds in wanted.items():
-            pair = self._pairs.get(key)
-            if pair is None:
-                pair = self._pairs[key] = Pair(key, self._next_id)
-                self._next_id = self._next_id + 1 & 0xFFFF
-                if self._is_probing:
-                    pair.restart(now)
-                is_new = True
-            pair.rank(kinds)
+        is_new = self._pairs.match(wanted, now)
+        if self._fan_out is not None:
+            self._fan_out.keep(wanted)
         if self._primary is not None and self._primary.key not in self._pairs:
             self._clear(now, CHANGE_PATIENCE)
         elif is_new:
@@ -404,13 +393,5 @@ class PathAgent:
         if self._candidates.add_source(remote, self.primary, now):
             self._match(now)
 
-    def _relayed(self) -> list[Key]:
-        return [key for key, pair in self._pairs.items() if pair.is_relayed]
-
     def _transmit(self, key: Key, datagram: bytes) -> None:
         self._transmits.append(Transmit(datagram, key[1], key[0]))
-
-
-def event_of(pair: Pair) -> PrimaryChanged:
-    """Tells of the pair as primary."""
-    return PrimaryChanged(*pair.key, pair.local_kind, pair.remote_kind)

@@ -5,7 +5,7 @@ Sources: `spec/connectivity.md` §7.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from fz_core.node.path_pair import Key
 
@@ -43,10 +43,10 @@ class FanOut:
                 due.append(key)
         return due
 
-    def forget(self, key: Key) -> None:
-        """That pair is gone."""
-        self._reached.discard(key)
-        self._ladders.pop(key, None)
+    def keep(self, keys: Container[Key]) -> None:
+        """All other pairs are gone."""
+        self._reached = {key for key in self._reached if key in keys}
+        self._ladders = {key: ladder for key, ladder in self._ladders.items() if key in keys}
 
     def poll_timeout(self) -> float | None:
         """When a repeat is due."""

@@ -55,7 +55,7 @@ class PathHealth:
         self._remote: Address | None = None
         self._due_at: float | None = None
         self._waiting_since: float | None = None  # the first data sent since the primary was heard
-        self._heard_at = self._heard_any_at = self._proved_at = self._doubted_at = float("-inf")
+        self._heard_at = self._heard_any_at = self._proved_at = float("-inf")
         self._suspected_at = now
         self._attempts = 0
         self._cleared = False
@@ -69,12 +69,10 @@ class PathHealth:
         """Data leaves on the path in use. True if `poll_timeout` has changed."""
         if self._waiting_since is not None:
             return False
-        # a keep-alive went unanswered before: then there is nothing to wait for
-        doubted = self._doubted_at > self._heard_at
-        self._waiting_since = now - SILENCE if doubted else now
+        self._waiting_since = now
         if self._due_at is not None or self._local is None:
             return False
-        self._due_at = self._waiting_since + SILENCE
+        self._due_at = now + SILENCE
         return True
 
     def note_received(self, local: Address, remote: Address, now: float) -> None:
@@ -103,8 +101,10 @@ class PathHealth:
             self._due_at = now
 
     def doubt(self, now: float) -> None:
-        """A keep-alive was not answered, so the next data is followed by probes at once."""
-        self._doubted_at = now
+        """Probe the primary at the next turn, unless that is being done."""
+        if self._local is not None and not self._attempts and now - self._heard_at > ATTEMPT_GAP:
+            self._waiting_since = now - SILENCE
+            self._due_at = now
 
     @property
     def suspected_at(self) -> float:

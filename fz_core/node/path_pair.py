@@ -5,7 +5,7 @@ Sources: `spec/connectivity.md` §7.3 (budget, outstanding), §7.4 (schedule, ra
 
 from __future__ import annotations
 
-from fz_core.ice import CandidateKind
+from fz_core.ice import CandidateKind, Nominated
 from fz_core.node.path_score import Bucket, Kinds, bucket_of
 from fz_core.packet import Address
 
@@ -30,6 +30,7 @@ class Pair:
         self.bucket: Bucket = (0, 0, False, False, False)
         self.rtt: float | None = None
         self.answered_at = float("-inf")
+        self.is_dead = False
         self.next_at: float | None = None
         self.sent = 0
         self._step = 0
@@ -40,6 +41,11 @@ class Pair:
         """Set what its ends are."""
         self.local_kind, self.remote_kind, _ = kinds
         self.bucket = bucket_of(self.key[0], kinds)
+
+    @property
+    def nominated(self) -> Nominated:
+        """The event that makes it the path."""
+        return Nominated(*self.key, self.local_kind, self.remote_kind)
 
     @property
     def is_relayed(self) -> bool:
@@ -107,9 +113,5 @@ class Pair:
         rtt = now - sent_at
         self.rtt = rtt if self.rtt is None else (self.rtt + rtt) / 2
         self.answered_at = now
+        self.is_dead = False
         return True
-
-    def has_unanswered(self, before: float) -> bool:
-        """Whether a probe of before that time is still without an answer, and none came since."""
-        oldest = next(iter(self._outstanding.values()), None)
-        return oldest is not None and oldest < before and self.answered_at < oldest

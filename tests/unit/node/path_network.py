@@ -12,9 +12,9 @@ from itertools import count
 from random import Random
 
 from fz_core.crypto import PrivateKey
-from fz_core.ice import Candidate
+from fz_core.ice import Candidate, Nominated, PathSilent
 from fz_core.node.path_agent import PathAgent
-from fz_core.node.path_events import AllPathsSilent, PathEvent, PathSilent, PrimaryChanged
+from fz_core.node.path_events import AllPathsSilent, PathEvent
 from fz_core.node.path_pair import Key
 from fz_core.node.path_probe import is_probe
 from fz_core.packet import Address, build_udp
@@ -89,11 +89,11 @@ class End:
         now = self.net.now
         while (event := self.agent.poll_event()) is not None:
             self.events.append((now, event))
-            if isinstance(event, PrimaryChanged):
+            if isinstance(event, Nominated):
                 self.path = event.local, event.remote
         while (datagram := self.tunnel.poll_datagram()) is not None:
             if datagram[0] == INIT:
-                self.agent.send_init(datagram, now, self.tunnel.has_session)
+                self.agent.send_init(datagram, now)
             elif self.path is not None:
                 self.net.send(self, *self.path, datagram)
         while (transmit := self.agent.poll_transmit()) is not None:
@@ -105,6 +105,8 @@ class End:
             sealed = self.tunnel.seal(packet, now)
             if isinstance(sealed, bytes):
                 self.net.send(self, local, remote, sealed)
+            else:
+                self.agent.note_probe_unsealed(now)
 
     def handle_timeout(self) -> None:
         self.agent.handle_timeout(self.net.now)
