@@ -222,6 +222,7 @@ def test_goodbyes_and_a_clean_machine_after_sigterm() -> None:
         assert "Goodbye" in gateway.process.output
 
 
+@pytest.mark.shows("io", 41)
 def test_the_host_is_configured_as_documented() -> None:
     """spec/io.md §7: addresses /32 and /128, MTU 1280, three rules per family, the right tables."""
     with Lab() as lab:

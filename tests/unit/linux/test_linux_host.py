@@ -25,6 +25,11 @@ from fz_core.linux import (
 ID_FILES = {"client": "var/lib/dev.firezone.client/config/firezone-id.json", "gateway": "var/lib/firezone/gateway_id"}
 KEYS = {"client": b"e1e465ce763e4759945c650ac334501f", "gateway": b"753b38f9f96947ef8083802d5909a372"}
 MACHINE_ID = b"0123456789abcdef0123456789abcdef\n"
+# what the official programs told a portal on a machine with this id: clients 1.5.8 and 1.5.11, gateways 1.5.2 and 1.6.0
+OFFICIAL_IDS = {
+    "client": "25746dc26c1cc478780348a72316d3f4c2869a29b2a4836b38bc2ad3c3d69e8c",
+    "gateway": "eeefe5d1cb3807dfc3ae24794878ec3147027390d839d1d718d8e42bcfde3336",
+}
 
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
@@ -33,6 +38,7 @@ class TestDeviceId:
     def test_is_derived_from_the_machine_id_and_not_stored(self, role: str, tmp_path: Path) -> None:
         write_machine_id(tmp_path)
         assert device_id(role, root=tmp_path) == hmac.new(KEYS[role], MACHINE_ID, hashlib.sha256).hexdigest()
+        assert device_id(role, root=tmp_path) == OFFICIAL_IDS[role]
         assert (tmp_path / ID_FILES[role]).parent.is_dir()
         assert not (tmp_path / ID_FILES[role]).exists()
 
