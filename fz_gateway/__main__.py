@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info("started logging", arch=os.uname().machine, os="linux", version=VERSION)
     forbid_core_dumps()
     if not options.no_inc_buf:
-        raise_socket_buffers()
+        log.info("Kernel limits of socket buffers", **raise_socket_buffers())
     try:
         config = TunnelConfig(
             role=Role.GATEWAY,

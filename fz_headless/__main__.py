@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info("started logging", arch=os.uname().machine, version=VERSION)
         forbid_core_dumps()
         if options.inc_buf:
-            raise_socket_buffers()
+            log.info("Kernel limits of socket buffers", **raise_socket_buffers())
         identity = device_id("client") if options.firezone_id is None else options.firezone_id
         if token is None:
             token = read_token_file(options.token_path)

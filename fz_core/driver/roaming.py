@@ -7,7 +7,8 @@ not see our own device, so it never counts; a second link counts only if it take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import ipaddress
+from collections.abc import Callable, Container, Iterable, Mapping
 from enum import Enum
 
 import trio
@@ -91,7 +92,13 @@ class RouteWatch:
     def _look(self) -> dict[bytes, bytes | None]:
         own = set(self._own_ips())
         sources = self._routes.sources_of((*ANYWHERE, *self._targets()))
-        return {target: None if source in own else source for target, source in sources.items()}
+        return {t: source if source is not None and is_of_use(source, own) else None for t, source in sources.items()}
+
+
+def is_of_use(source: bytes, own: Container[bytes]) -> bool:
+    """The kernel may fall back to an address that nobody out there can answer."""
+    ip = ipaddress.ip_address(source)
+    return source not in own and not ip.is_link_local and not ip.is_loopback
 
 
 def compare(before: Sources, after: Sources) -> Change:

@@ -118,6 +118,7 @@ class Tunnel:
         self.is_joined = False
         self._configured = trio.Event()
         self._logged_at: dict[str, float] = {}
+        self._was_refused = False
         self._drops_told_at = 0.0
 
     @property
@@ -220,6 +221,8 @@ class Tunnel:
             error = failed
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
+            if isinstance(error, HostError) and self._config.role is Role.GATEWAY:
+                error = TunnelFailed(str(error))  # it ran already: an error, no trouble at the start
         if error is not None:  # not raised above: Python before 3.11.4 or so puts what except* raises in a group
             raise error
 
@@ -410,7 +413,8 @@ class Tunnel:
         """Drops are counted by the state; a line per kind and minute is enough for people."""
         for error in errors.exceptions:
             kind = str(getattr(error, "reason", None) or getattr(error, "errno", None) or type(error).__name__)
-            if isinstance(error, PermissionError) and kind not in self._logged_at:
+            if isinstance(error, PermissionError) and not self._was_refused:
+                self._was_refused = True
                 log.info("The host's firewall refuses our datagrams; tunnels may not work", error=str(error))
             if self._is_worth_a_line(kind):
                 if isinstance(error, (PacketError, OSError)):

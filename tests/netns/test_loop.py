@@ -301,6 +301,23 @@ async def test_a_full_device_stops_reading_until_it_takes_packets_again() -> Non
         assert [r.app.recv(100) for _ in range(3)] == [b"A", b"B", b"C"]
 
 
+@pytest.mark.shows("io", 6)
+async def test_a_turn_writes_all_its_packets_in_order() -> None:
+    """The reference hands batches of 100 to another thread; here nothing lies between the state and the device."""
+    with rig() as r:
+        gateway = ip_address("10.20.0.9").packed
+        for n in range(205):
+            port = 1000 + n % 7  # flows that cannot be merged with their neighbours
+            r.state._packets.append(build_udp(gateway, V4.packed, port, 5000, b"%03d" % n))
+        r.loop.submit(lambda now: None)
+        await r.loop._turn()
+        r.app.settimeout(10)
+        received = [r.app.recvfrom(100) for _ in range(205)]
+        by_flow = {source: [int(data) for data, from_ in received if from_ == source] for _, source in received}
+        assert all(numbers == sorted(numbers) for numbers in by_flow.values())
+        assert sorted(int(data) for data, _ in received) == list(range(205))
+
+
 @pytest.mark.shows("io", 5)
 async def test_a_full_socket_keeps_its_datagrams_in_order_and_stalls_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """IPv4 leaves by a slow link, IPv6 by loopback."""
