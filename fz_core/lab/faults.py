@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -209,6 +210,7 @@ def main() -> int:
     settings = Settings(
         iceless=options.iceless, hurry=options.hurry, logs=options.logs, log_filter=options.log_filter
     )  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the lab is taken down
     try:
         found = mixes(options.peers)
     except LabError as error:

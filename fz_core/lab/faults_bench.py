@@ -89,16 +89,21 @@ class Bench:
         """Seconds from an instant to the first answer to what was asked after it."""
         return self.prober.wait_for_answer(within, since) - since
 
-    def carriers(self) -> list[int]:
-        """Which relays carry the probes just now."""
+    def relayed(self) -> list[int]:
+        """Bytes each relay has sent within a second."""
         before = self.system.relay_bytes()
         time.sleep(1.0)
-        return [n for n, (a, b) in enumerate(zip(before, self.system.relay_bytes(), strict=True)) if b - a > CARRIES]
+        return [b - a for a, b in zip(before, self.system.relay_bytes(), strict=True)]
+
+    def busiest_relay(self) -> int:
+        """The one that carries the probes just now."""
+        sent = self.relayed()
+        return sent.index(max(sent))
 
     def expect(self, path: str) -> None:
         """LabError unless the probes take this path, "direct" or "relayed"."""
         deadline = time.monotonic() + 10.0
-        while ("relayed" if self.carriers() else "direct") != path:
+        while ("relayed" if max(self.relayed()) > CARRIES else "direct") != path:
             if time.monotonic() > deadline:
                 raise LabError(f"the connection is not {path}")
 

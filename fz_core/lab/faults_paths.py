@@ -66,7 +66,7 @@ def download_and_roam(programs: Programs, settings: Settings) -> Outcome:
         longest, size, grew_at = 0.0, 0, time.monotonic() - AWAY
         while curl.is_running:
             now = time.monotonic()
-            if path.stat().st_size != size:
+            if path.stat().st_size > size:
                 longest, size, grew_at = max(longest, now - grew_at), path.stat().st_size, now
             time.sleep(0.02)
         if curl.wait() != 0 or file_digest(path) != document_digest(DOWNLOAD):

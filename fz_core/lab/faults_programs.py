@@ -24,15 +24,24 @@ def relay_dies_unused(programs: Programs, settings: Settings) -> Outcome:
         return b.outcome(struck_at, watch=15.0)
 
 
-def relay_dies(programs: Programs, settings: Settings) -> Outcome:
-    """The relay that carries everything dies; there is another."""
-    with bench(programs, settings, Shape(relays=2), path="relayed") as b:
-        struck_at = b.strike()
-        carriers = b.carriers()
-        struck_at = time.monotonic()
-        for number in carriers[:1]:
-            b.system.relays[number].kill()
-        return b.outcome(struck_at)
+def relay_dies(vanish: bool) -> Run:
+    """The relay that carries everything dies, and the portal says so; or its machine vanishes and nobody does.
+
+    There is another relay.
+    """
+
+    def scenario(programs: Programs, settings: Settings) -> Outcome:
+        with bench(programs, settings, Shape(relays=2), path="relayed") as b:
+            b.strike()
+            number = b.busiest_relay()
+            struck_at = time.monotonic()
+            if vanish:
+                b.system.relay_hosts[number].unplug()
+            else:
+                b.system.relays[number].kill()
+            return b.outcome(struck_at)
+
+    return scenario
 
 
 def gateway_restarts(kill: bool) -> Run:
@@ -137,7 +146,8 @@ def same_id(programs: Programs, settings: Settings) -> Outcome:
 
 PROGRAMS: dict[str, Run] = {
     "relay dies under a direct connection": relay_dies_unused,
-    "relay dies under a relayed connection": relay_dies,
+    "relay dies under a relayed connection": relay_dies(vanish=False),
+    "relay's machine vanishes": relay_dies(vanish=True),
     "gateway SIGTERM": gateway_restarts(False),
     "gateway SIGKILL": gateway_restarts(True),
     "client SIGTERM": client_restarts(False),
