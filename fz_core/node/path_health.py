@@ -97,7 +97,7 @@ class PathHealth:
         self._heard_any_at = now
         self._peer_inits = 0
         if on_primary and self._due_at is not None and not self._attempts and now - self._proved_at > SILENCE:
-            self._proved_at = min(self._proved_at, now - PROOF_INTERVAL)
+            self._proved_at = float("-inf")
             self._due_at = now
 
     def doubt(self, now: float) -> None:

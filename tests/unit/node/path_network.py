@@ -48,6 +48,8 @@ class End:
             keepalive_timeout=5.0,
             rekey_timeout=2.0,
         )
+        # the reference watches no data, so it leaves a path on signals and handshakes only
+        self.is_reference = False
         self.path: Key | None = None
         self.events: list[tuple[float, PathEvent]] = []
         self.received: list[tuple[float, Key]] = []
@@ -61,7 +63,8 @@ class End:
     def send_data(self) -> None:
         sealed = None if self.path is None else self.tunnel.seal(self.inner.data, self.net.now)
         if isinstance(sealed, bytes) and self.path is not None:
-            self.agent.note_data_sent(self.net.now)
+            if not self.is_reference:
+                self.agent.note_data_sent(self.net.now)
             self.net.send(self, *self.path, sealed)
 
     def receive(self, local: Address, remote: Address, datagram: bytes) -> None:
@@ -157,6 +160,14 @@ class Network:
                 self.other(end).agent.add_remote_candidate(candidate, self.now)
         for each in self.ends:
             each.flush()
+
+    def signal_again(self, end: End, *candidates: Candidate) -> None:
+        """`end` withdraws these and tells them anew."""
+        for candidate in candidates:
+            self.other(end).agent.remove_remote_candidate(candidate, self.now)
+        for candidate in candidates:
+            self.other(end).agent.add_remote_candidate(candidate, self.now)
+        self.other(end).flush()
 
     def introduce(self, with_direct: bool = True) -> None:
         for end in self.ends:

@@ -100,6 +100,19 @@ def test_a_changed_address_of_the_peer_is_found_by_its_probes() -> None:
     assert way(net, net.a) == ("direct",)
 
 
+def test_a_reference_peer_holds_on_until_a_candidate_is_signalled_again() -> None:
+    """What the connection does on `PathSilent`: it withdraws the candidates of that path and tells them anew."""
+    net = connected()
+    net.b.is_reference = True
+    net.block("direct")
+    net.talk(CONNECTED + RECOVERY, net.a, net.b)
+    assert "direct" not in way(net, net.a)
+    assert way(net, net.b) == ("direct",)
+    net.signal_again(net.a, Candidate.host(net.a.host), Candidate.srflx(net.a.outer, net.a.host))
+    net.talk(net.now + 1.0, net.a, net.b)
+    assert "direct" not in way(net, net.b)
+
+
 def test_an_outage_is_told_once_and_ends_by_itself() -> None:
     net = connected()
     for name in ("direct", "relay-a", "relay-b"):
