@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -278,6 +279,40 @@ def test_a_day_without_portal_disturbs_nothing() -> None:
     whole.world.run_for(180.0)
     assert whole.portal.state.counts() == {"client": 1, "gateway": 1, "relay": 1}
     assert whole.asks_until_answered(b"back", 4.0)
+
+
+def test_a_day_without_portal_costs_neither_packets_nor_memory_nor_work() -> None:
+    """A flow of a packet a minute, until an hour before gateways give up. Work is counted in events of the world: timers that fired and datagrams."""
+    whole = Whole(6)
+    world = whole.world
+    assert whole.asks_until_answered(b"a", 2.0)
+    world.run_for(60.0)
+    whole.portal.fail()
+    whole.client.packets.clear()
+    world.run_for(30.0)
+    work, objects, dials = [], [], []
+    links = (whole.client_link, whole.gateway_link, whole.relay)  # type: ignore[attr-defined]
+    for hour in range(23):
+        before = next(world._order)
+        for n in range(60):
+            whole.ask(b"%d %d" % (hour, n))
+            world.run_for(0.2)
+            assert whole.answers == [b"%d %d" % (hour, n)], f"hour {hour}, {n}"
+            whole.client.packets.clear()
+            whole.gateway.packets.clear()
+            world.run_for(59.8)
+        work.append(next(world._order) - before)
+        dials.append(sum(isinstance(event, Connect) for link in links for event in link.events))
+        for link in links:
+            link.events.clear()
+            assert not link.channel._queue
+            assert not link.channel._out
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+    # the first hour's attempts are closer together
+    assert max(work[1:]) <= min(work[1:]) * 1.02
+    assert all(3 * 30 - 9 <= count <= 3 * 60 + 3 for count in dials[1:]), dials
+    assert max(objects[12:]) <= max(objects[:12]) + 200, objects
 
 
 def test_short_outages_at_any_moment_of_connecting() -> None:
