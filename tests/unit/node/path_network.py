@@ -2,7 +2,8 @@
 
 Time jumps to announced deadlines only. Each end has a host address and, on a relay, a relayed one. A way is named
 after what a datagram crosses: "direct", or the relays ("relay-a", "relay-b", both). `block` stops one direction of
-a way; a NAT in front of an end gives it an outer address that `renumber` changes.
+a way. An end has an outer address, which a NAT may change, and if it is firewalled only those reach it there whom it
+sent something within the last 30 s.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fz_core.wireguard import Tunnel
 INIT, RESPONSE, DATA = 1, 2, 4
 EPOCH = 1_700_000_000.0
 PSK = bytes(range(32))
+# of a strict home router
+PINHOLE_TTL = 30.0
 
 
 class End:
@@ -143,6 +146,8 @@ class Network:
         self.loss = loss
         self.latency = latency
         self.blocked: set[tuple[str, str]] = set()
+        self.firewalled: set[str] = set()
+        self._asked: dict[tuple[str, Address], float] = {}
         self._queue: list[tuple[float, int, End, Address, Address, bytes]] = []
         self._order = count()
         keys = [PrivateKey(self.random.randbytes(32)) for _ in range(2)]
@@ -192,11 +197,19 @@ class Network:
     def send(self, sender: End, local: Address, remote: Address, datagram: bytes) -> None:
         receiver = self.other(sender)
         ways = self.way_of(sender, local, remote)
+        if local == sender.host:
+            self._asked[sender.name, remote] = self.now
         if any((way, sender.name) in self.blocked for way in ways) or self.random.random() < self.loss:
             return
         if remote not in (receiver.outer, receiver.relay):
             return
         source = sender.outer if local == sender.host else local
+        if remote == receiver.outer and receiver.name in self.firewalled:
+            asked_at = self._asked.get((receiver.name, source), float("-inf"))
+            if self.now - asked_at > PINHOLE_TTL:
+                return
+        if remote == receiver.relay and all(c.address != source for c in receiver.agent.remote_candidates):
+            return  # no channel is bound to that peer
         target = receiver.host if remote == receiver.outer else remote
         at = self.now + self.latency * len(ways) * self.random.uniform(0.9, 1.1)
         heapq.heappush(self._queue, (at, next(self._order), receiver, target, source, datagram))

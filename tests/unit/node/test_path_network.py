@@ -38,6 +38,21 @@ def test_both_ends_move_from_the_relay_to_the_direct_path() -> None:
     assert way(net, net.a) == way(net, net.b) == ("direct",)
 
 
+@pytest.mark.parametrize("firewalled", [{"a"}, {"b"}, {"a", "b"}])
+def test_probes_open_firewalls_and_keep_them_open(firewalled: set[str]) -> None:
+    net = Network(1)
+    net.firewalled = firewalled
+    net.start()
+    net.run(3.0)
+    assert way(net, net.a) == way(net, net.b) == ("direct",)
+    net.run(150.0)
+    net.b.received.clear()
+    net.talk(150.5, net.a)
+    net.run(151.0)
+    assert len(net.b.received) in (5, 6)
+    assert net.a.silent_paths == 0
+
+
 def test_a_filtered_direct_path_is_left_within_three_seconds() -> None:
     net = connected()
     net.block("direct")
@@ -113,6 +128,19 @@ def test_a_reference_peer_holds_on_until_a_candidate_is_signalled_again() -> Non
     assert "direct" not in way(net, net.b)
 
 
+def test_a_changed_address_behind_firewalls_is_found_once_it_is_signalled() -> None:
+    net = connected()
+    net.firewalled = {"a", "b"}
+    net.talk(CONNECTED + 1, net.a, net.b)
+    net.a.outer = Address(bytes((198, 51, 100, 7)), 1024)
+    net.talk(CONNECTED + 1 + RECOVERY, net.a, net.b)
+    assert "direct" not in way(net, net.a) + way(net, net.b)
+    net.talk(net.now + 20.0, net.a, net.b)
+    net.signal(net.a, Candidate.srflx(net.a.outer, net.a.host))
+    net.talk(net.now + 1.5, net.a, net.b)
+    assert way(net, net.a) == way(net, net.b) == ("direct",)
+
+
 def test_an_outage_is_told_once_and_ends_by_itself() -> None:
     net = connected()
     for name in ("direct", "relay-a", "relay-b"):
@@ -186,6 +214,7 @@ def test_random_filters_and_losses(first: int) -> None:
     for seed in range(first, first + 50):
         random = Random(seed)
         net = Network(seed, loss=random.choice((0.0, 0.05, 0.2)), latency=random.choice((0.005, 0.05, 0.15)))
+        net.firewalled = set(random.sample(("a", "b"), random.randint(0, 2)))
         net.start()
         net.talk(CONNECTED, net.a, net.b, gap=0.25)
         for _ in range(2):
