@@ -21,6 +21,7 @@ import trio
 
 from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, socket_address
+from fz_core.embedded.open_files import allow_open_files
 from fz_core.embedded.policy import Policy
 from fz_core.embedded.policy_file import PolicyErrors, read_policy
 from fz_core.embedded.portal_server import PortalServer
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     forbid_core_dumps()
+    allow_open_files()
     policy = load(options.policy)
     if policy is None:
         return 1

@@ -19,6 +19,7 @@ from fz_core.driver.health import HealthServer
 from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, hide_argument, socket_address, url
 from fz_core.driver.portal import PortalFailed, relay_link
+from fz_core.embedded.open_files import allow_open_files
 from fz_core.embedded.relay import RelayConfig, run_relay
 from fz_core.linux import forbid_core_dumps, os_version
 from fz_core.portal import BadUrl, Login, user_agent
@@ -42,6 +43,10 @@ def parser() -> OptionParser:
     p.add_option("--api-url", env="FIREZONE_API_URL", type=url, help="WebSocket URL of the portal, required")
     p.add_option("token", nargs="?", env="FIREZONE_TOKEN", metavar="TOKEN", help="relay token; prefer the variable")
     p.add_option("name", nargs="?", env="FIREZONE_NAME", metavar="NAME", help="name shown in the portal")
+    p.add_option(
+        "--allocations-per-source", env="ALLOCATIONS_PER_SOURCE", type=int, default=1024,
+        help="most allocations of one IPv4 address or IPv6 /64",
+    )  # fmt: skip
     p.add_option("--rng-seed", env="RNG_SEED", type=int, help="predictable allocation ports, for tests only")
     p.add_option("--log-format", env="LOG_FORMAT", choices=("human", "json"), default="human", help="of the log lines")
     p.add_option(
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         configure(os.environ.get("RUST_LOG", "info"), as_json=options.log_format == "json")
         forbid_core_dumps()
+        allow_open_files()
         trio.run(run, options)
     except LogFilterError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -103,6 +109,7 @@ def config_of(options: argparse.Namespace) -> RelayConfig:
         lowest_port=options.lowest_port,
         highest_port=options.highest_port,
         rng_seed=options.rng_seed,
+        allocations_per_source=options.allocations_per_source,
     )
 
 

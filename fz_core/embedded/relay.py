@@ -24,7 +24,7 @@ import trio
 
 from fz_core.embedded.relay_forwarding import Forwarder, Route
 from fz_core.embedded.relay_sockets import Poller, SockAddr, UdpPort
-from fz_core.packet import Address
+from fz_core.packet import Address, DropCounter, DropReason
 from fz_core.turn import (
     ChannelBound,
     ChannelUnbound,
@@ -62,6 +62,7 @@ class RelayConfig:
     highest_port: int = 65535
     stamp_secret: str | None = None
     rng_seed: int | None = None
+    allocations_per_source: int = 1024
 
     def __repr__(self) -> str:
         return f"<RelayConfig port={self.listen_port} (redacted)>"
@@ -74,6 +75,7 @@ class Relay:
         self.config = config
         self.stamp_secret = config.stamp_secret or secrets.token_hex(32)
         self.is_ready = False
+        self._drops = DropCounter()
         self._poller = Poller()
         self._forwarder = Forwarder(self._handle_request)
         public = {4: config.public_ip4, 16: config.public_ip6}
@@ -90,6 +92,7 @@ class Relay:
             highest_port=config.highest_port,
             listen_port=config.listen_port,
             open_port=self._open_port,
+            allocations_per_source=config.allocations_per_source,
         )
         try:
             self._listen = {family: self._bind(family, config.listen_port) for family in self._own_hosts}
@@ -122,6 +125,12 @@ class Relay:
     def relayed_bytes(self) -> int:
         """Payload carried so far, both ways."""
         return self._forwarder.relayed_bytes
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """What was not answered or carried so far, by reason."""
+        data = {DropReason.UNKNOWN_CHANNEL.value: self._forwarder.dropped} if self._forwarder.dropped else {}
+        return data | {reason.value: count for reason, count in self._drops.items()}
 
     def set_ready(self, is_ready: bool) -> None:
         """What `/readyz` tells."""
@@ -164,7 +173,9 @@ class Relay:
 
     def _handle_request(self, datagram: bytes, source: SockAddr) -> None:
         client = Address(ipaddress.ip_address(source[0].partition("%")[0]).packed, source[1])
-        self._core.handle_client_input(client, datagram, trio.current_time())
+        reason = self._core.handle_client_input(client, datagram, trio.current_time())
+        if reason is not None:
+            self._drops.add(reason)
         self._obey()
 
     # What the core wants
@@ -266,10 +277,11 @@ async def report_statistics(relay: Relay) -> None:
         rate = (relay.relayed_bytes - before) / STATISTICS_INTERVAL
         before = relay.relayed_bytes
         log.info(
-            "Relay statistics allocations=%d channels=%d throughput=%s",
+            "Relay statistics allocations=%d channels=%d throughput=%s dropped=%d",
             relay.allocation_count,
             relay.channel_count,
             format_rate(rate).replace(" ", ""),
+            sum(relay.drops.values()),
         )
 
 

@@ -13,8 +13,9 @@ RESERVATION-TOKEN, DONT-FRAGMENT. Source: spec/relay.md. Every reply to a reques
 refusals included: official clients drop others.
 
 Deliberately different from the reference, where no peer can tell: a repeated Allocate is answered like the
-first; peers on loopback, multicast or the relay's own service port are refused (403); nonces and
-unauthenticated replies are bounded; a message with broken attributes is dropped, not answered with 500.
+first; one source (an IPv4 address, an IPv6 /64) has 1024 allocations at most (486); peers on loopback,
+multicast or the relay's own service port are refused (403); nonces and unauthenticated replies are bounded; a
+message with broken attributes is dropped, not answered with 500.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from fz_core.stun.attributes import (
 from fz_core.stun.attributes import REALM as REALM_ATTRIBUTE
 from fz_core.stun.attributes import REQUESTED_ADDRESS_FAMILY as REQUESTED_FAMILY
 from fz_core.turn.server_auth import REALM, Authenticator
-from fz_core.turn.server_state import RelayState, ServerAllocation, ServerChannel
+from fz_core.turn.server_state import RelayState, ServerAllocation, ServerChannel, source_of
 
 DEFAULT_LIFETIME = 600
 MAX_LIFETIME = 3600
@@ -60,6 +61,7 @@ LAST_CHANNEL = 0x4FFF
 MAX_PORT_ATTEMPTS = 64
 REPLIES_PER_SECOND = 1000
 MAX_RATED_SOURCES = 65_536
+ALLOCATIONS_PER_SOURCE = 1024
 
 REASONS = {
     400: "Bad Request",
@@ -69,6 +71,7 @@ REASONS = {
     438: "Stale Nonce",
     440: "Address Family not Supported",
     443: "Peer Address Family Mismatch",
+    486: "Allocation Quota Reached",
     500: "Server Error",
     508: "Insufficient Capacity",
 }
@@ -146,6 +149,7 @@ class RelayServer:
         listen_port: int = 3478,
         open_port: Callable[[int, tuple[int, ...]], bool] = any_port_opens,
         software: str = "firezone-relay; fz_core",
+        allocations_per_source: int = ALLOCATIONS_PER_SOURCE,
     ) -> None:
         if public_ip4 is None and public_ip6 is None:
             raise ValueError("a relay needs a public IPv4 or IPv6 address")
@@ -159,6 +163,7 @@ class RelayServer:
         self._is_on_loopback = any(ipaddress.ip_address(ip).is_loopback for ip in self._own_ips)
         self._ports = (lowest_port, highest_port)
         self._listen_port = listen_port
+        self._allocations_per_source = allocations_per_source
         self._open_port = open_port
         self._random_bytes = random_bytes
         self._software = (SOFTWARE, software.encode())
@@ -248,7 +253,7 @@ class RelayServer:
     def _handle_request(self, message: Message, client: Address, now: float) -> DropReason | None:
         if message.method == BINDING:
             if not self._may_reply(client, now):
-                return DropReason.BUFFER_FULL
+                return DropReason.RATE_LIMITED
             mapped = (XOR_MAPPED_ADDRESS, xor_address_value(client, message.transaction_id))
             self._reply(message, client, SUCCESS, [mapped], None)
             return None
@@ -261,7 +266,7 @@ class RelayServer:
         code = self._check_form(message) or self._authenticator.check(message, client, now)
         if code is not None:
             if not self._may_reply(client, now):
-                return DropReason.BUFFER_FULL
+                return DropReason.RATE_LIMITED
             self._refuse(message, client, code, key)
             return DropReason.STUN_UNAUTHENTICATED
         assert key is not None
@@ -319,6 +324,8 @@ class RelayServer:
         families = self._families(message.requested_address_family, message.additional_address_family)
         if isinstance(families, int):
             return families
+        if self._state.held_by(client, username) >= self._allocations_per_source:
+            return 486
         port = self._find_port(families)
         if port is None:
             return 508
@@ -411,8 +418,9 @@ class RelayServer:
         if now >= self._rated_until or len(self._rated) > MAX_RATED_SOURCES:
             self._rated.clear()
             self._rated_until = now + 1.0
-        replies = self._rated.get(client.ip, 0)
-        self._rated[client.ip] = replies + 1
+        source = source_of(client)
+        replies = self._rated.get(source, 0)
+        self._rated[source] = replies + 1
         return replies < REPLIES_PER_SECOND
 
     def _refuse(self, message: Message, client: Address, code: int, key: bytes | None) -> None:

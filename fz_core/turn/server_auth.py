@@ -43,6 +43,7 @@ class Authenticator:
         self._random_bytes = random_bytes
         self._unix_epoch = unix_epoch
         self._nonces: dict[Address, tuple[uuid.UUID, int]] = {}
+        self._proven: dict[Address, tuple[uuid.UUID, int]] = {}
 
     def key_for(self, username: str) -> bytes | None:
         """The key of a user, expired or not; None if the name has not the right form."""
@@ -53,12 +54,11 @@ class Authenticator:
 
     def nonce_for(self, client: Address) -> str:
         """The nonce to challenge this socket with: its present one while that has uses left."""
-        known = self._nonces.pop(client, None)
+        table = self._proven if client in self._proven else self._nonces
+        known = table.pop(client, None)
         if known is None or known[1] <= 0:
             known = (uuid.UUID(bytes=self._random_bytes(16), version=4), USES_PER_NONCE)
-        while len(self._nonces) >= MAX_NONCES:
-            del self._nonces[next(iter(self._nonces))]
-        self._nonces[client] = known
+        _put(table, client, known)
         return str(known[0])
 
     def check(self, message: Message, client: Address, now: float) -> int | None:
@@ -71,14 +71,31 @@ class Authenticator:
         parsed, key = parse_username(username), self.key_for(username)
         if parsed is None or key is None or parsed[0] < int(now + self._unix_epoch):
             return 401
-        return None if message.check_integrity(key) else 401
+        if not message.check_integrity(key):
+            return 401
+        self._prove(client)
+        return None
 
     def _use_nonce(self, client: Address, nonce: uuid.UUID) -> bool:
-        known = self._nonces.get(client)
+        table = self._proven if client in self._proven else self._nonces
+        known = table.get(client)
         if known is None or known[0] != nonce or known[1] <= 0:
             return False
-        self._nonces[client] = (known[0], known[1] - 1)
+        table[client] = (known[0], known[1] - 1)
         return True
+
+    def _prove(self, client: Address) -> None:
+        """Who has shown a password is not displaced by those who have not, however many they are."""
+        known = self._nonces.pop(client, None) or self._proven.pop(client, None)
+        if known is not None:
+            _put(self._proven, client, known)
+
+
+def _put(table: dict[Address, tuple[uuid.UUID, int]], client: Address, value: tuple[uuid.UUID, int]) -> None:
+    """As the newest; the oldest make room."""
+    while len(table) >= MAX_NONCES:
+        del table[next(iter(table))]
+    table[client] = value
 
 
 def parse_username(username: str) -> tuple[int, str] | None:

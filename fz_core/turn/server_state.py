@@ -16,6 +16,11 @@ QUARANTINE = 300.0
 HEAP_SLACK = 64
 
 
+def source_of(client: Address) -> bytes:
+    """Whose address it is: an IPv4 address, or the /64 of an IPv6 address, all of which one machine may use."""
+    return client.ip if len(client.ip) == 4 else client.ip[:8]
+
+
 class ServerChannel:
     """One number of one client and its peer. After `expires_at` it is kept for each other only."""
 
@@ -60,10 +65,17 @@ class RelayState:
         self.by_client: dict[Address, ServerAllocation] = {}
         self.by_port: dict[int, ServerAllocation] = {}
         self._by_username: dict[str, ServerAllocation] = {}
+        self._by_source: dict[bytes, int] = {}
         self.outward: dict[tuple[Address, int], tuple[int, Address]] = {}
         self.inward: dict[tuple[int, Address], tuple[Address, int]] = {}
         self._heap: list[tuple[float, int, ServerAllocation | ServerChannel]] = []
         self._order = count()
+
+    def held_by(self, client: Address, username: str) -> int:
+        """Allocations a source would keep if this user made another one."""
+        older = self._by_username.get(username)
+        is_replaced = older is not None and source_of(older.client) == source_of(client)
+        return self._by_source.get(source_of(client), 0) - is_replaced
 
     def create(
         self, client: Address, port: int, families: tuple[int, ...], username: str, expires_at: float
@@ -74,6 +86,8 @@ class RelayState:
             self.free(older)
         allocation = ServerAllocation(client, port, families, username)
         self.by_client[client] = self.by_port[port] = self._by_username[username] = allocation
+        source = source_of(client)
+        self._by_source[source] = self._by_source.get(source, 0) + 1
         self._schedule(allocation, expires_at)
         return allocation
 
@@ -91,6 +105,10 @@ class RelayState:
         del self.by_port[allocation.port]
         if self._by_username.get(allocation.username) is allocation:
             del self._by_username[allocation.username]
+        source = source_of(allocation.client)
+        self._by_source[source] -= 1
+        if not self._by_source[source]:
+            del self._by_source[source]
         self._on_freed(allocation)
 
     def bind(self, allocation: ServerAllocation, number: int, peer: Address, now: float) -> bool:
