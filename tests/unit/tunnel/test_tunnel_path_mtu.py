@@ -34,7 +34,8 @@ def reached(hop: Hop, mtu: int, now: float = 0.0) -> PathMtus:
         (V6, 0, 1360, None),
         (V6, 0, 1359, 1279),
         (V6, 4, 1280, 1196),
-        (V4, 0, 100, 516),  # 576 is the least that is believed
+        (V4, 0, 552, 492),
+        (V4, 0, 100, 196),
         (V6, 0, 100, 1200),
     ],
 )
