@@ -16,14 +16,16 @@ import trio
 from fz_core.driver.bootstrap import resolve_host
 from fz_core.driver.dns_client import DnsClient, DnsFailed, DnsTimeout
 from fz_core.driver.doh import DohClient
-from fz_core.linux import DnsControl, SocketFactory
+from fz_core.linux import DnsControl, FileWatch, SocketFactory
 from fz_core.packet import Address
 from fz_core.tunnel import ClientTunnel
 from fz_core.tunnel.events import ForwardQuery, TunConfigChanged
 
 LOCAL_TIMEOUT = 5.0
 TUNNEL_TIMEOUT = 10.0
-FOLLOW_INTERVAL = 5.0
+FOLLOW_INTERVAL = 60.0
+UNWATCHED_FOLLOW_INTERVAL = 5.0
+SETTLING = 0.1
 
 log = structlog.get_logger("tunnel")
 
@@ -42,6 +44,7 @@ class ClientNames:
         self._client = DnsClient(sockets=sockets)
         self._doh = DohClient(lambda: self._resolvers, sockets=sockets)
         self._look_again = trio.Event()
+        self._follow_interval = FOLLOW_INTERVAL
         self._resolvers: tuple[bytes, ...] = ()
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._sentinels: tuple[tuple[str, str], ...] = ()
@@ -58,10 +61,11 @@ class ClientNames:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._doh.run)
+            nursery.start_soon(self._watch_files)
             task_status.started()
             try:
                 while True:
-                    with trio.move_on_after(FOLLOW_INTERVAL):
+                    with trio.move_on_after(self._follow_interval):
                         await self._look_again.wait()
                     self._look_again = trio.Event()
                     await self._follow()
@@ -132,6 +136,24 @@ class ClientNames:
     def _finish(self, token: int, reply: bytes | None, *, timed_out: bool = False) -> None:
         state = self._state
         self._submit(lambda now: state.handle_dns_result(token, reply, now, timed_out=timed_out))
+
+    async def _watch_files(self) -> None:
+        """Look again when the files the host's servers are in change."""
+        try:
+            watch = FileWatch(self._control.watched_files())
+        except OSError as error:
+            log.debug("Cannot watch the host's DNS configuration", error=error.strerror)
+            self._follow_interval = UNWATCHED_FOLLOW_INTERVAL
+            self._look_again.set()
+            return
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(watch.fileno())
+                if watch.drain():
+                    await trio.sleep(SETTLING)
+                    self._look_again.set()
+        finally:
+            watch.close()
 
     async def _follow(self) -> None:
         found = await trio.to_thread.run_sync(self._control.system_resolvers)

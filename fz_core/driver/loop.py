@@ -59,6 +59,7 @@ class Loop:
         self._stopping = False
         self._now, self._suspended = now(), suspended()
         self._deadline: float | None = None
+        self._rings_at: float | None = None
         self._look_again_at = 0.0
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._alarm = Alarm()
@@ -127,8 +128,10 @@ class Loop:
             return
         if any(fd in ready for fd in self._alarm.filenos()):
             self._alarm.clear()
+            self._rings_at = None
         errors = take_refusals(self._state, self._lanes.sockets, now)
-        self._run_commands(errors, now)
+        if self._wakeup in ready:
+            self._run_commands(errors, now)
         if self._deadline is not None and self._deadline <= now:
             self._state.handle_timeout(now)
             self._look_again_at = now
@@ -164,14 +167,14 @@ class Loop:
 
     async def _sleep(self, now: float) -> None:
         ends = [at for at in (self._deadline, self._lanes.patience_ends_at(now)) if at is not None]
-        self._alarm.set(min(ends) - now if ends else None)
+        rings_at = min(ends, default=None)
+        if rings_at != self._rings_at:
+            self._alarm.set(None if rings_at is None else rings_at - now)
+            self._rings_at = rings_at
         await trio.lowlevel.wait_readable(self._poll.fileno())
 
     def _run_commands(self, errors: list[Exception], now: float) -> None:
-        try:
-            os.eventfd_read(self._wakeup)
-        except BlockingIOError:
-            return
+        os.eventfd_read(self._wakeup)
         for _ in range(len(self._commands)):
             try:
                 self._commands.popleft()(now)

@@ -4,6 +4,7 @@ from fz_core.linux.alarm import Alarm
 from fz_core.linux.device_id import device_id
 from fz_core.linux.dns_control import DnsControl, make_dns_control, parse_resolv_conf
 from fz_core.linux.errors import HostError
+from fz_core.linux.file_watch import FileWatch
 from fz_core.linux.link_scope import DEBOUNCE, NetworkMonitor
 from fz_core.linux.marks import MARK, MarkError, set_mark
 from fz_core.linux.netlink import Interface
@@ -21,6 +22,7 @@ __all__ = [
     "PREFERRED_PORT",
     "Alarm",
     "DnsControl",
+    "FileWatch",
     "HostError",
     "Interface",
     "MarkError",

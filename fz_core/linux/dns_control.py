@@ -27,6 +27,7 @@ from fz_core.linux.errors import HostError
 METHODS = ("systemd-resolved", "etc-resolv-conf", "disabled")
 MARKER = "# BEGIN Firezone DNS configuration"
 BACKUP_NAME = "resolv.conf.before-firezone"
+RESOLVED_FILE = Path("/run/systemd/resolve/resolv.conf")
 COMMAND_TIMEOUT = 10.0
 MAX_FILE_BYTES = 1 << 20
 KEPT_DIRECTIVES = ("sortlist", "lookup", "family")
@@ -45,6 +46,9 @@ class DnsControl(Protocol):
 
     def system_resolvers(self) -> tuple[bytes, ...]:
         """The host's own name servers as packed IPs; none if they cannot be read."""
+
+    def watched_files(self) -> tuple[Path, ...]:
+        """Files that change when `system_resolvers` may."""
 
     def flush_caches(self) -> None:
         """Forget what the host's resolver remembers."""
@@ -86,6 +90,10 @@ class SystemdResolved:
             return ()
         return _packed(result.stdout.split())
 
+    def watched_files(self) -> tuple[Path, ...]:
+        """What systemd-resolved writes whenever a link gets or loses servers."""
+        return (RESOLVED_FILE,)
+
     def flush_caches(self) -> None:
         """Its exit code says nothing we could act on."""
         _resolvectl("flush-caches")
@@ -115,6 +123,10 @@ class Disabled:
     def system_resolvers(self) -> tuple[bytes, ...]:
         """Of /etc/resolv.conf; of its backup only while the file is still ours, after a crash."""
         return self._file.original_servers()
+
+    def watched_files(self) -> tuple[Path, ...]:
+        """The file, and the backup that counts after a crash."""
+        return (self._file.path, self._file.backup)
 
     def flush_caches(self) -> None:
         """Nothing: no cache of ours."""
@@ -157,6 +169,10 @@ class EtcResolvConf:
     def system_resolvers(self) -> tuple[bytes, ...]:
         """What the administrator's text says, also while ours is in place."""
         return self._file.original_servers()
+
+    def watched_files(self) -> tuple[Path, ...]:
+        """The file and its backup."""
+        return (self._file.path, self._file.backup)
 
     def flush_caches(self) -> None:
         """Nothing: libc keeps no cache."""
