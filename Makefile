@@ -17,7 +17,7 @@ demo: build ## a private web page through client, relay and gateway, in network 
 demo-smoke: build ## the same with a small file
 	$(BIN)/python -m fz_core.lab.demo --megabytes 5
 
-test: build ## every test
+test: build $(VENV)/systemd-resolved ## every test
 	$(BIN)/python -m pytest
 
 test-fast: build ## tests that need neither root nor peer programs
@@ -45,6 +45,12 @@ system-packages: ## what the programs and tests need from Debian
 	  apt-get update -qq && \
 	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
+
+# Only unpacked, for a test: installed, it would take over the machine's resolv.conf.
+$(VENV)/systemd-resolved: | $(VENV)/.installed
+	cd $(VENV) && { apt-get download -qq systemd-resolved || { apt-get update -qq && apt-get download -qq systemd-resolved; }; }
+	cd $(VENV) && dpkg -x systemd-resolved_*.deb systemd-resolved
+	rm $(VENV)/systemd-resolved_*.deb
 
 build: system-packages $(VENV)/.built ## virtual environment and extension modules
 
