@@ -235,6 +235,7 @@ class Tunnel:
                     log.info("Connected to portal", host=self._login.endpoint()[0])
                     self.is_joined = True
                     self._watch.note_targets()
+                    loop.submit(state.handle_portal_disconnected)  # what was asked since the last hiccup is lost
                     loop.submit(state.handle_portal_connected)
                 case MessageReceived(message):
                     self._note_relays(message)
