@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import os
 import re
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,43 +17,13 @@ from fz_core.lab import Host, Lab, Router
 from fz_core.lab.system import Shape, System
 from fz_core.linux import UdpSocket
 from fz_core.packet import Address, checksum
+from tests.netns.path_mtu_scenarios import connected, narrow, narrow_link, narrow_router, transfer, upload
 from tests.netns.scenarios import eventually
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 
 MEGABYTES = 2.0
-PORT = 5001
 HEADERS = {4: 20, 6: 40}
-
-
-def narrow_link(host: Host, router: Router, mtu: int) -> None:
-    """The cable between a machine and its router."""
-    host.ip("link", "set", host.device, "mtu", str(mtu))
-    router.ip("link", "set", "lan1", "mtu", str(mtu))
-
-
-def narrow_router(router: Router, mtu: int) -> None:
-    """Inside a router, which tells senders on both sides what it cannot pass on."""
-    number = router.number
-    limit = ("mtu", "lock", str(mtu))
-    if 4 in router.families:
-        lan = (f"172.{number}.0.0/24", "dev", "lan", "src", f"172.{number}.0.254")
-        outside = ("203.0.113.0/24", "dev", "internet", "src", f"203.0.113.{number}")
-        for route in (lan, outside):
-            router.ip("route", "replace", *route, "proto", "kernel", "scope", "link", *limit)
-    if 6 in router.families:
-        for network, device in ((f"172:{number}::/64", "lan"), ("203:0:113::/64", "internet")):
-            router.ip("-6", "route", "replace", network, "dev", device, "proto", "kernel", "metric", "256", *limit)
-
-
-def narrow(system: System, place: str, mtu: int) -> None:
-    client, gateway = system.clients[0], system.gateways[0]
-    if place == "client":
-        narrow_link(client.host, client.router, mtu)
-    elif place == "gateway":
-        narrow_link(gateway.host, gateway.router, mtu)
-    else:
-        narrow_router(client.router, mtu)
 
 
 @contextmanager
@@ -211,61 +178,6 @@ def test_a_storm_of_forged_errors_neither_fills_the_socket_nor_ends_a_path() -> 
 
 
 # helpers
-
-
-@contextmanager
-def connected(system: System, family: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A TCP connection through the tunnel: the client's end and the server's."""
-    server = system.gateways[0].server
-    assert server is not None
-    kind = socket.AF_INET if family == 4 else socket.AF_INET6
-    target = server.ipv4 if family == 4 else server.ipv6
-    assert target is not None
-    with (
-        server.socket(kind, socket.SOCK_STREAM) as listening,
-        system.clients[0].host.socket(kind, socket.SOCK_STREAM) as near,
-    ):
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((target, PORT))
-        listening.listen()
-        near.settimeout(20.0)
-        near.connect((target, PORT))
-        far, _ = listening.accept()
-        with far:
-            far.settimeout(20.0)
-            yield near, far
-
-
-def transfer(source: socket.socket, sink: socket.socket, count: int = 1_000_000) -> None:
-    """Bytes from one end to the other; what arrives is what was sent."""
-    sent = os.urandom(count)
-    thread = threading.Thread(target=_swallow(source.sendall, sent))
-    thread.start()
-    digest, rest = hashlib.sha256(), count
-    while rest:
-        received = sink.recv(min(rest, 65536))
-        assert received, f"the connection ended {rest} bytes early"
-        digest.update(received)
-        rest -= len(received)
-    thread.join(20.0)
-    assert digest.digest() == hashlib.sha256(sent).digest()
-
-
-def _swallow(send: Callable[[bytes], None], data: bytes) -> Callable[[], None]:
-    """A failed sender shows as a receiver that waits in vain."""
-
-    def run() -> None:
-        try:
-            send(data)
-        except OSError:
-            pass
-
-    return run
-
-
-def upload(system: System, family: int) -> None:
-    with connected(system, family) as (near, far):
-        transfer(near, far, int(MEGABYTES * 1_000_000))
 
 
 def eventually_equal(read: Callable[[], object], wanted: object) -> None:
