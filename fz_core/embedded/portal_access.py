@@ -25,6 +25,7 @@ from fz_core.portal.types import read_key
 ANSWER_TIMEOUT = 15.0
 MAX_PENDING_PER_CLIENT = 256
 REFRESH_AFTER = 1.0
+REPEAT_AFTER = 0.1
 MAX_KNOWN_KEYS = 4096
 ABILITIES_TIMEOUT = 0.5
 RETURN_GRACE = 5.0
@@ -32,13 +33,14 @@ RETURN_GRACE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A request the receiver has not answered yet; `answer` is what the client will hear."""
+    """A request the receiver has not answered yet: its `order`, and the `answer` the client will hear."""
 
     ref: str
     client: Session
     gateway: Session
     resource_id: str
     connected: tuple[str, ...]
+    order: to_gateway.CreateAuthorization = field(repr=False)
     answer: Any = field(repr=False)
 
 
@@ -48,6 +50,7 @@ class Access:
     def __init__(self, hub: Hub, now: float) -> None:
         self._hub = hub
         self._pending: dict[str, Pending] = {}
+        self._repeat_in: dict[str, float] = {}
         self._ingest_key = hub.random_bytes(32)
         self._receiver_keys: dict[str, str] = {}
         self.held = HeldRequests(hub, self.request)
@@ -146,15 +149,12 @@ class Access:
             client.peer_id, read_key(client.public_key), psk, client.device.ipv4, client.device.ipv6,
             views.client_details(client),
         )  # fmt: skip
-        self._pending[ref] = Pending(ref, client, gateway, resource.id, connected, answer)
+        order = to_gateway.CreateAuthorization(
+            ref, peer, views.gateway_resource(resource), *ice, expires_at, iceless, tokens[1], views.subject(client)
+        )
+        self._pending[ref] = Pending(ref, client, gateway, resource.id, connected, order, answer)
         hub.timers.set(("pending", ref), now + ANSWER_TIMEOUT)
-        hub.send(
-            gateway,
-            to_gateway.CreateAuthorization(
-                ref, peer, views.gateway_resource(resource), *ice, expires_at, iceless, tokens[1],
-                views.subject(client),
-            ),
-        )  # fmt: skip
+        hub.send(gateway, order)
 
     def expires_at(self, account: Any, rule: AccessRule, unix_now: int) -> int:
         """When an authorization made now ends."""
@@ -169,7 +169,9 @@ class Access:
 
     def _drop(self, pending: Pending) -> None:
         self._pending.pop(pending.ref, None)
-        self._hub.timers.cancel(("pending", pending.ref))
+        self._repeat_in.pop(pending.ref, None)
+        for timer in ("pending", "repeat"):
+            self._hub.timers.cancel((timer, pending.ref))
 
     def _refuse(self, client: Session, resource_id: str, reason: FailReason) -> None:
         log.info("Refused client=%s resource=%s reason=%s", client.name, resource_id, reason.value)
@@ -194,9 +196,24 @@ class Access:
 
     def handle_unanswered(self, ref: str) -> None:
         """The gateway kept silent."""
-        pending = self._pending.pop(ref, None)
+        pending = self._pending.get(ref)
         if pending is not None:
+            self._drop(pending)
             self._refuse(pending.client, pending.resource_id, FailReason.OFFLINE)
+
+    def handle_no_relays(self, gateway: Session, now: float) -> None:
+        """Orders that came before the gateway could reach a relay are lost; official gateways need a moment."""
+        for pending in self._pending.values():
+            if pending.gateway is gateway:
+                delay = self._repeat_in.get(pending.ref, REPEAT_AFTER)
+                self._repeat_in[pending.ref] = 2 * delay
+                self._hub.timers.set(("repeat", pending.ref), now + delay)
+
+    def repeat(self, ref: str) -> None:
+        """Send an order again."""
+        pending = self._pending.get(ref)
+        if pending is not None:
+            self._hub.send(pending.gateway, pending.order)
 
     def handle_gone(self, session: Session, now: float) -> None:
         """A peer left: its requests are void, those waiting for it go to another gateway, or wait for its return."""

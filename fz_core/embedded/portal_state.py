@@ -165,6 +165,8 @@ class PortalState:
                 case ("missing", identity):
                     self._hub.missing_relays.discard(identity)
                     self._announce_relays()
+                case ("repeat", ref):
+                    self._access.repeat(ref)
                 case ("waiting", ref):
                     self._old_clients.handle_unanswered(ref)
                 case ("token", session_id):
@@ -288,6 +290,7 @@ class PortalState:
             case to_client.NoRelays():
                 session.relays = set()
                 self._hub.send(session, to_client.RelaysPresence((), self._hub.relays_for(session)))
+                self._access.handle_no_relays(session, now)
             case to_gateway.AuthorizationCreated(ref):
                 self._acknowledge(session, frame, self._access.confirm(session, ref, now))
             case to_gateway.ConnectionReady(ref, credentials):

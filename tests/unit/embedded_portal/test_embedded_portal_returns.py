@@ -180,6 +180,37 @@ def test_a_gateway_without_answer_is_replaced_by_its_new_connection(world: World
     assert len(fresh.take("create_authorization")) == 1
 
 
+def test_an_order_that_found_no_relay_is_repeated(world: World) -> None:
+    """An official gateway that just started answers `no_relays`, and no more."""
+    world.relay()
+    client, gateway = world.client(), world.gateway()
+    client.send("request_authorization", request(world))
+    (order,) = gateway.take("create_authorization")
+    gateway.send("no_relays", {})
+    world.advance(0.1)
+    assert gateway.take("create_authorization") == [order]
+    gateway.send("authorization_created", {"ref": order["ref"]})
+    assert len(client.take("authorization_created")) == 1
+    world.advance(20.0)
+    assert gateway.take("create_authorization") == []
+
+
+def test_but_less_and_less_often(world: World) -> None:
+    client, gateway = world.client(), world.gateway()
+    client.send("request_authorization", request(world))
+    times = []
+    while world.now < 1014.0:
+        world.advance(0.1)
+        if gateway.take("create_authorization"):
+            times.append(world.now)
+            gateway.send("no_relays", {})
+    assert len(times) <= 8
+    world.advance(1.0)
+    assert reasons(client) == ["offline"]
+    world.advance(20.0)
+    assert gateway.take("create_authorization") == []
+
+
 # two of one identity
 
 
