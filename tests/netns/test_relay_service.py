@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
+from fz_core.embedded.open_files import allow_open_files
 from fz_core.embedded.relay import Relay, RelayConfig, format_rate, run_relay
 from fz_core.embedded.relay_sockets import UdpPort
 from fz_core.packet import Address
@@ -167,6 +168,41 @@ def test_strangers_get_nothing_through(running: RelayThread) -> None:
     peer.sendto(b"good", sockaddr(relayed))
     client.until(lambda: client.received)
     assert client.received == [(address, b"good")]
+
+
+def test_what_is_dropped_is_counted(running: RelayThread) -> None:
+    client, peer, stranger = running.client(), udp("127.0.0.1"), udp("127.0.0.1")
+    relayed = client.allocate()
+    client.bind(address_of(peer.getsockname()))
+    stranger.sendto(b"evil", sockaddr(relayed))
+    peer.sendto(b"good", sockaddr(relayed))
+    client.until(lambda: client.received)
+    listen = sockaddr(next(a for a in running.relay.listen_addresses if len(a.ip) == 4))
+    stranger.sendto(b"\xffnoise", listen)
+    stranger.sendto(b"\x40\x00\x00\x01x", listen)
+    running.client(salt="another").allocate()  # answered after all that came before
+    assert running.relay.drops["unknown_datagram"] == 1
+    assert running.relay.drops["unknown_channel"] == 2
+
+
+def test_a_thousand_clients_at_once(running: RelayThread) -> None:
+    allow_open_files()
+    clients = [running.client(salt=str(n)) for n in range(1000)]
+    ports = {client.allocate().port for client in clients}
+    assert len(ports) == running.relay.allocation_count == 1000
+    peer = udp("127.0.0.1")
+    for client in (clients[0], clients[500], clients[999]):
+        client.bind(address_of(peer.getsockname()))
+    assert running.relay.channel_count == 3
+
+
+def test_the_limit_of_open_files_is_raised() -> None:
+    code = (
+        "import resource as r; hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (64, hard));"
+        "from fz_core.embedded.open_files import allow_open_files as a;"
+        "assert a() == r.getrlimit(r.RLIMIT_NOFILE)[0] == hard"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 async def test_readiness_follows_the_portal_link() -> None:
