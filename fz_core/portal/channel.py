@@ -89,7 +89,7 @@ class Channel:
         self._topic, self._outbound, self._inbound = topic, outbound, inbound
         self._random_bytes, self._budget, self._join_payload = random_bytes, budget, join_payload
         self._backoff: Backoff | None = None
-        self._was_joined = False
+        self._was_joined = self._was_hurried = False
         self.is_dead = False
         self._events: deque[ChannelEvent] = deque([Connect(0.0)])
         self._reset()
@@ -163,6 +163,9 @@ class Channel:
             self._fail(f"the portal refused the token (401 {code or 'unauthorized'})", code in DEAD_TOKEN_CODES)
             return
         delay = _retry_after(headers.get("retry-after"), unix_now)
+        if delay == 0.0 and self._was_hurried:
+            delay = None  # a portal that says so for ever would have us spin
+        self._was_hurried = delay == 0.0
         self._hiccup(
             f"the portal answered HTTP {status} {_problem_code('problem+json', body) or ''}".strip(),
             now,
@@ -252,6 +255,7 @@ class Channel:
                 self._probe_ref = self._probe_due_at = None
             if frame.ref == self._join_ref and not self.is_joined:
                 self.is_joined = self._was_joined = True
+                self._was_hurried = False
                 self._join_due_at = self._backoff = None
                 self._events.append(Connected())
         elif frame.topic == self._topic:

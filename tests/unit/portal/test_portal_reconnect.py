@@ -235,6 +235,16 @@ def test_retry_after_0_renews_the_strategy() -> None:
     assert lose(channel) == 0.5
 
 
+def test_retry_after_0_again_and_again_does_not_make_us_spin() -> None:
+    """Every other attempt waits as if nothing had been said; the strategy begins anew with each 0."""
+    channel = joined()
+    delays = []
+    for _ in range(6):
+        channel.handle_refused(503, {"retry-after": "0"}, "", 0.0, 1.0)
+        delays.append(events(channel)[-1].delay)
+    assert delays == [0.0, 0.5] * 3
+
+
 def test_an_exhausted_budget_is_the_end_and_keeps_the_token() -> None:
     channel = joined(budget=0.5)
     assert [lose(channel), lose(channel)] == [0.5, None]
