@@ -20,6 +20,7 @@ from fz_core.driver.client_names import ClientNames
 from fz_core.driver.roaming import Change, RouteWatch, follow_routes
 from fz_core.lab import Host, Lab, LabError
 from fz_core.lab.names import start_names
+from fz_core.lab.processes import run
 from fz_core.lab.system import System
 from fz_core.linux import Interface, RouteCache, SocketFactory, TunDevice, UdpSocket, make_dns_control
 from fz_core.packet import Address
@@ -207,6 +208,29 @@ def test_a_signal_with_the_change_is_still_one_reset() -> None:
         assert client.process.output.count("Resetting session") == 1
 
 
+@pytest.mark.shows("io", 9)
+@pytest.mark.peer("cc")
+def test_ten_minutes_of_sleep_are_one_reset() -> None:
+    """The client's CLOCK_BOOTTIME jumps as it does in a suspend, and its other clocks do not."""
+    with Lab() as lab:
+        asleep, library = lab.folder / "asleep", lab.folder / "sleep.so"
+        source = lab.folder / "sleep.c"
+        source.write_text(SLEEP)
+        run(["cc", "-shared", "-fPIC", f'-DASLEEP="{asleep}"', "-o", str(library), str(source), "-ldl"])
+        system = System(lab)
+        system.start_portal()
+        system.start_relay(0)
+        system.add_gateway("gateway", 31)
+        client = system.add_client("client", 30, env={"LD_PRELOAD": str(library)})
+        eventually(system, 20.0)
+        asleep.touch()
+        client.host.run("ping", "-c", "1", "-W", "1", "10.20.0.80", check=False)  # something wakes the loop
+        client.process.wait_for_line('Resetting session reason="the machine slept for 600 s"')
+        eventually(system, 10.0)
+        assert client.process.output.count("Resetting session") == 1
+        assert client.process.is_running
+
+
 @pytest.mark.shows("io", 10)
 def test_without_its_device_a_program_ends_with_an_error() -> None:
     with Lab() as lab:
@@ -246,6 +270,22 @@ async def test_the_portals_name_is_never_asked_of_our_own_servers(nursery: trio.
                 client.reset()
         assert len(sockets.routes) == 2  # no socket but those towards the two
         assert len(names.queries()) == 2 * 2 * 2  # twice, of two addresses, both types
+
+
+SLEEP = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+#include <unistd.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int result = real(clock, now);
+    if (clock == CLOCK_BOOTTIME && access(ASLEEP, F_OK) == 0) now->tv_sec += 600;
+    return result;
+}
+"""
 
 
 def leaves_from(laptop: Host, udp: UdpSocket) -> str:

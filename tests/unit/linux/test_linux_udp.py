@@ -87,6 +87,9 @@ def test_refused_segmentation_falls_back_for_that_destination_only() -> None:
         a.send_batch(b"aaaabbbbcc", 4, at(b))
         assert a.counters()["tx_calls"] == before + 4
         assert datagrams(receive(c, 10)) == datagrams(receive(b, 10)) == [b"aaaa", b"bbbb", b"cc"]
+        after_reset = stack.enter_context(UdpSocket.bind(V4, 0, None))
+        after_reset.send_batch(b"aaaabbbbcc", 4, at(b))
+        assert after_reset.counters()["tx_calls"] == 1
 
 
 @pytest.mark.shows("io", 18)
