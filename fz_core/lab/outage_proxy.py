@@ -1,9 +1,9 @@
-"""A portal whose word comes late: a TCP proxy in front of it that holds back one kind of message to the client.
+"""A portal whose word comes late: a TCP proxy in front of it that holds one message to the client back.
 
     python -m fz_core.lab.outage_proxy --listen 8082 --portal 203.0.113.10:8081 --delay 1
 
-Everything passes at once but WebSocket frames from the portal that hold an event of the type `--event`
-(authorization_created, flow_created of older clients), which come `--delay` seconds later; frames behind them overtake.
+Everything passes at once but the first WebSocket frame of each connection that brings an authorization
+(authorization_created, flow_created of older clients), which comes `--delay` seconds later; frames behind it overtake.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def hold_back(source: socket.socket, sink: socket.socket, delay: float) -> None:
     while (line := reader.readline()).strip():
         send(line)
     send(line)
+    held = False
     while frame := read_frame(reader):
-        if is_held(frame):
+        if not held and is_held(frame):
+            held = True
             print(f"holding {len(frame)} bytes back", flush=True)
             timer = threading.Timer(delay, send, (frame,))
             timer.daemon = True
