@@ -28,7 +28,7 @@ from fz_core.ice.checks import (
 )
 from fz_core.ice.credentials import Credentials
 from fz_core.ice.events import IceEvent, IceState, Nominated, PathSilent, StateChanged
-from fz_core.ice.pair import Pair
+from fz_core.ice.pair import NEVER, Pair
 from fz_core.ice.timing import TimingProfile
 from fz_core.packet import Address, DropReason, Transmit
 from fz_core.stun import Message
@@ -66,6 +66,8 @@ class Agent:
         self._outstanding: dict[bytes, tuple[Pair, float, bool]] = {}
         self._selected: Pair | None = None
         self.answered_at = now  # a check of the pair in use
+        self.heard_at = now  # anything authentic on the pair in use
+        self.followed_at = NEVER  # the peer chose the pair in use
         self._state = IceState.NEW
         self._transmits: deque[Transmit] = deque()
         self._events: deque[IceEvent] = deque()
@@ -284,6 +286,9 @@ class Agent:
         if pair is None:
             return
         pair.note_request(use_candidate, self.profile, now)
+        if pair is self._selected:
+            self.heard_at = now
+            self.followed_at = now if use_candidate else self.followed_at
         if not is_new and pair.is_doubtful and now >= pair.triggered_at + TRIGGER_GAP:
             pair.note_triggered(now)
             self._check(pair, now)
@@ -321,7 +326,7 @@ class Agent:
         pair.transaction_ids.remove(message.transaction_id)
         pair.note_answer(sent_at, self.profile, now)
         if pair is self._selected:
-            self.answered_at = now
+            self.answered_at = self.heard_at = now
         return None
 
     def _handle_error(self, pair: Pair, message: Message, was_controlling: bool, now: float) -> DropReason | None:
@@ -339,7 +344,7 @@ class Agent:
         if self._controlling:
             self._nominate(now)
         else:
-            self._follow()
+            self._follow(now)
         if self._selected is not None:
             self._enter(IceState.CONNECTED)
         elif self._pairs:
@@ -348,28 +353,28 @@ class Agent:
             self._enter(IceState.DISCONNECTED)
 
     def _nominate(self, now: float) -> None:
-        best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p)])
+        best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p, now)])
         if best is not None and best is not self._selected:
             self._select(best)
             best.note_nominated()
             self._check(best, now)
 
-    def _follow(self) -> None:
+    def _follow(self, now: float) -> None:
         """What the peer chose, unless it has chosen otherwise since, or no answers come; then whatever answers."""
         chosen = [p for p in self._pairs.values() if p.is_chosen_by_peer]
         current = [p for p in chosen if not any(p.is_outlived_by(other) for other in chosen)]
-        best = self._best([p for p in current if self._is_worth_using(p)])
+        best = self._best([p for p in current if self._is_worth_using(p, now)])
         if best is None and current:
-            best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p)])
+            best = self._best([p for p in self._pairs.values() if p.has_succeeded and self._is_worth_using(p, now)])
         if best is not None and best is not self._selected:
             self._select(best)
 
-    def _is_worth_using(self, pair: Pair) -> bool:
-        """Not silent, and where the pair in use is, heard since."""
+    def _is_worth_using(self, pair: Pair, now: float) -> bool:
+        """Not silent, and if it would replace the pair in use, neither late nor, where that is silent, unheard since."""
         used = self._selected
-        if pair.is_silent or used is None or used is pair or not used.is_silent:
+        if pair.is_silent or used is None or used is pair:
             return not pair.is_silent
-        return pair.was_heard_since(used)
+        return not pair.is_late(now) and (not used.is_silent or pair.was_heard_since(used))
 
     def _best(self, pairs: list[Pair]) -> Pair | None:
         """The highest priority; among equals the one in use."""
@@ -414,7 +419,7 @@ class Agent:
     def check_selected(self, now: float) -> None:
         """Data is not answered: does the path still work?"""
         pair = self._selected
-        if pair is not None and not pair.was_checked_within(pair.patience, now):
+        if pair is not None and not pair.unanswered:  # else checks are under way
             self._check(pair, now)
 
     def is_silent(self, local: Address, remote: Address) -> bool:
@@ -433,7 +438,7 @@ class Agent:
         if pair.is_unheard(now):
             pair.note_silent()
             self._events.append(PathSilent(pair.local.base, pair.remote.address))
-        elif pair.unanswered == 2:
+        elif pair.unanswered == 1:
             self._look_elsewhere(now)
 
     def _look_elsewhere(self, now: float) -> None:

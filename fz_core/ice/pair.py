@@ -12,7 +12,7 @@ RECENT_REQUEST_GRACE = 15.0
 NEVER = float("-inf")
 # The pair in use is checked again soon when an answer is late: the gaps, in units of `patience`. After the last of
 # them it counts as silent. With 20 % loss each way five checks in a row fail in 0.6 % of all cases.
-LATE_GAPS = (1, 1, 2, 2)
+LATE_GAPS = (1, 1, 1, 2)
 MIN_PATIENCE = 0.15
 # A silent pair that answers again is trusted after this many answers in a row.
 ANSWERS_TO_TRUST = 2
@@ -38,7 +38,7 @@ class Pair:
         self.chosen_at: deque[float] = deque(maxlen=3)  # the last USE-CANDIDATE received
         self._srtt: float | None = None
         self._answers = 0
-        self._answered_at = NEVER
+        self._answered = NEVER  # when the last answered check was sent
         self._attempts = 0
         self._unanswered: list[float] = []
         self._unanswered_since = now
@@ -71,7 +71,7 @@ class Pair:
     @property
     def patience(self) -> float:
         """Seconds after which an answer is late."""
-        return MIN_PATIENCE if self._srtt is None else max(MIN_PATIENCE, 2 * self._srtt)
+        return MIN_PATIENCE if self._srtt is None else max(MIN_PATIENCE, 1.5 * self._srtt)
 
     @property
     def unanswered(self) -> int:
@@ -102,7 +102,7 @@ class Pair:
         rtt = now - sent_at
         self._srtt = rtt if self._srtt is None else self._srtt * 7 / 8 + rtt / 8
         self._answers += 1
-        self._answered_at = now
+        self._answered = max(self._answered, sent_at)
         if self.is_silent and self._answers >= ANSWERS_TO_TRUST:
             self.is_silent = False
         if not self._unanswered:
@@ -122,10 +122,14 @@ class Pair:
         if self.is_watched and not self._unanswered and not profile.is_idle:
             self.next_check_at = min(self._sent_at + self._delay(profile), now + UNHEARD)
 
+    def is_late(self, now: float) -> bool:
+        """Whether an answer has been missing for longer than it should take."""
+        return bool(self._unanswered) and now > self._unanswered_since + 2 * self.patience
+
     def was_heard_since(self, silent: Pair) -> bool:
-        """Whether this pair gave an answer, or was chosen by the peer, since the other one was last heard."""
-        since = silent._unanswered_since
-        return self._answered_at >= since or (bool(self.chosen_at) and self.chosen_at[-1] >= since)
+        """Whether it answered a check sent after the other one fell silent, or was chosen by the peer after that."""
+        since = silent._unanswered_since + silent.patience / 2
+        return self._answered > since or (bool(self.chosen_at) and self.chosen_at[-1] > since)
 
     def is_outlived_by(self, other: Pair) -> bool:
         """Whether the peer, which had chosen this pair, has since chosen the other one again and again."""

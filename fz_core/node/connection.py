@@ -7,7 +7,7 @@ Source: `spec/connectivity.md` §6.5, §6.6, §8.1.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -23,17 +23,30 @@ from fz_core.ice import (
     StateChanged,
     TimingProfile,
 )
-from fz_core.packet import Address
+from fz_core.node.path_agent import PathAgent
+from fz_core.node.path_events import AllPathsSilent
+from fz_core.packet import Address, DropReason
+from fz_core.stun import Message
 from fz_core.wireguard import Expired, RateLimiter, SessionEstablished, Tunnel
+
+Datagram = bytes | memoryview
+
+
+class TunnelTiming(NamedTuple):
+    """WireGuard's timers in seconds, where they differ from the paper's (`spec/connectivity.md` §6.3)."""
+
+    rekey_attempt_time: float
+    keepalive_timeout: float
+    rekey_timeout: float
+
 
 CANDIDATE_TIMEOUT = 10.0
 DISCONNECT_TIMEOUT = 2.0
-REKEY_ATTEMPT_TIME = 20.0
-# The paper's 5 s make a lost handshake message the slowest part of connecting over a lossy path.
-REKEY_TIMEOUT = 1.0
+# The paper's 5 s (for the gap) make a lost handshake message the slowest part of connecting over a lossy path.
+ICE_TIMING = TunnelTiming(rekey_attempt_time=20.0, keepalive_timeout=10.0, rekey_timeout=0.5)
 HANDSHAKE_THROTTLE = 20.0
 MAX_IDLE = 20.0
-SILENCE = 15.0
+SILENCE = 3.0
 SIGNAL_INTERVAL = 2.0
 # Data without any answer for so long is a reason to check the path, which a live peer answers at once.
 UNANSWERED = 0.5
@@ -41,6 +54,15 @@ UNANSWERED = 0.5
 STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
 TAKEN_BACK = 0.1
 BUFFERED_DATAGRAMS = 128
+
+
+class Outgoing(NamedTuple):
+    """A datagram to send from `local`, which may be on a relay. `is_check`: by the agent, to find a path."""
+
+    local: Address
+    remote: Address
+    payload: bytes
+    is_check: bool
 
 
 class State(Enum):
@@ -85,7 +107,13 @@ class Parameters:
 
 
 class Connection:
-    """State machine of one connection. Mutate, then `settle`, then take what it wants sent."""
+    """State machine of one connection that uses ICE. Mutate, then `settle`, then send what is `outgoing`.
+
+    What is different without ICE is in `iceless.py`.
+    """
+
+    timing = ICE_TIMING
+    is_iceless = False
 
     def __init__(
         self,
@@ -108,7 +136,7 @@ class Connection:
         self.path: Path | None = None
         self._random_bytes = random_bytes
         self._profiles = profiles
-        self.agent = self._new_agent(now)
+        self.agent: Agent | PathAgent = self._new_agent(now)
         self.tunnel = Tunnel(
             private_key,
             parameters.remote_key,
@@ -117,8 +145,9 @@ class Connection:
             now,
             unix_epoch,
             random_bytes,
-            rekey_attempt_time=REKEY_ATTEMPT_TIME,
-            rekey_timeout=REKEY_TIMEOUT,
+            rekey_attempt_time=self.timing.rekey_attempt_time,
+            keepalive_timeout=self.timing.keepalive_timeout,
+            rekey_timeout=self.timing.rekey_timeout,
             queue_limit=BUFFERED_DATAGRAMS if parameters.controlling else 0,
             rate_limiter=rate_limiter,
         )
@@ -140,6 +169,7 @@ class Connection:
         self.lasting_silence: Address | None = None
         self.due_again: Address | None = None
         self._silent: PathSilent | None = None
+        self._silent_at = now
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
         self._taken_back: tuple[float, Address] | None = None
@@ -151,6 +181,18 @@ class Connection:
             self._candidates_due_at = None
         self.touch(now)
         self.dirty = True
+
+    def announcement(self, candidate: Candidate) -> str:
+        """The text that tells the peer of a candidate of ours."""
+        return candidate.to_sdp(self.parameters.local.ufrag)
+
+    def withdrawal(self, candidate: Candidate) -> str:
+        """The text that takes it back."""
+        return candidate.to_invalidation()
+
+    def parse_untrusted(self, line: str) -> Candidate | None:
+        """A candidate of the peer, or None if this is not one."""
+        return Candidate.parse_untrusted(line)
 
     def touch(self, now: float) -> None:
         """Note activity; an idle connection wakes up."""
@@ -194,13 +236,18 @@ class Connection:
 
     def _watch_path(self, now: float) -> None:
         if self.unheard_since is not None and now >= self.unheard_since + UNANSWERED:
+            assert isinstance(self.agent, Agent)
             if self.agent.answered_at < self.unheard_since:
                 self.agent.check_selected(now)
             self.unheard_since = None
         if self._still_silent_at is not None and now >= self._still_silent_at:
             self._still_silent_at = None
             silent = self._silent
-            if silent is not None and self.agent.is_silent(silent.local, silent.remote):
+            if (
+                silent is not None
+                and self.followed_at <= self._silent_at
+                and self.agent.is_silent(silent.local, silent.remote)
+            ):
                 self.lasting_silence = silent.local
                 self._taken_back = (now + TAKEN_BACK, silent.local)
                 self._still_silent_at = now + self._silent_gap
@@ -226,6 +273,30 @@ class Connection:
         self.dirty = False
         return self._deadline
 
+    def handle_check(self, local: Address, remote: Address, message: Message, now: float) -> DropReason | None:
+        """A STUN message of the peer."""
+        assert isinstance(self.agent, Agent)
+        return self.agent.handle_input(local, remote, message, now)
+
+    def handle_handshake(
+        self, local: Address, remote: Address, datagram: Datagram, now: float, is_verified: bool
+    ) -> DropReason | None:
+        """An init, response or cookie that came this way."""
+        handled = self.tunnel.handle_untrusted(datagram, remote.ip, now, is_verified)
+        return handled if isinstance(handled, DropReason) else None
+
+    def note_sent(self, now: float) -> bool:
+        """An IP packet leaves; whether the agent wants its turn."""
+        if self.unheard_since is None:
+            self.unheard_since = now
+        return False
+
+    def take_data(self, local: Address, remote: Address, packet: bytes, now: float) -> bool:
+        """A decrypted packet, maybe an empty one; whether it is not for the device."""
+        self.heard_at = now
+        self.unheard_since = None
+        return False
+
     def settle(self, now: float) -> None:
         """Let agent and tunnel react to each other until both are quiet."""
         self.dirty = True
@@ -235,27 +306,37 @@ class Connection:
             elif isinstance(event, StateChanged):
                 self._disconnected_at = now if event.state is IceState.DISCONNECTED else None
             elif isinstance(event, PathSilent):
-                self.is_silenced, self._silent = True, event
+                self.is_silenced, self._silent, self._silent_at = True, event, now
                 self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STILL_SILENT_FIRST
+            elif isinstance(event, AllPathsSilent):
+                self.is_silenced = True
         while (happened := self.tunnel.poll_event()) is not None:
             if isinstance(happened, SessionEstablished):
                 self._handshaken = True
             elif isinstance(happened, Expired):
                 self.fail("the WireGuard handshake was not answered")
 
-    def take_datagrams(self) -> list[bytes]:
-        """WireGuard's own datagrams, held back until a path exists."""
+    def outgoing(self, now: float) -> Iterator[Outgoing]:
+        """Checks, then WireGuard's own datagrams, which are held back until a path exists."""
+        while (check := self.agent.poll_transmit()) is not None:
+            assert check.local is not None
+            yield Outgoing(check.local, check.remote, check.payload, is_check=True)
         while (datagram := self.tunnel.poll_datagram()) is not None:
             self._held.append(datagram)
-        if self.path is None or not self._held:
-            return []
-        datagrams = list(self._held)
-        self._held.clear()
-        return datagrams
+        while self._held and self.path is not None:
+            yield Outgoing(self.path.local, self.path.remote, self._held.popleft(), is_check=False)
+
+    @property
+    def followed_at(self) -> float:
+        """When the peer last showed that it uses a path that works."""
+        assert isinstance(self.agent, Agent)
+        return max(self.heard_at, self.agent.followed_at)
 
     def is_silent(self, now: float) -> bool:
         """Whether nothing has come back on the chosen path for longer than a live and busy peer takes."""
-        return self.path is not None and (now - self.heard_at > SILENCE or not self.agent.has_live_path)
+        assert isinstance(self.agent, Agent)
+        heard_at = max(self.heard_at, self.agent.heard_at)
+        return self.path is not None and (now - heard_at > SILENCE or not self.agent.has_live_path)
 
     def restart_ice(self, now: float) -> None:
         """Look for a path from the start, and use the old one meanwhile.
@@ -268,7 +349,7 @@ class Connection:
             self._candidates_due_at = now + CANDIDATE_TIMEOUT
             self._disconnected_at = None
 
-    def _new_agent(self, now: float) -> Agent:
+    def _new_agent(self, now: float) -> Agent | PathAgent:
         p = self.parameters
         return Agent(p.local, p.remote, p.controlling, self._random_bytes, now, self._profiles.active)
 
@@ -297,6 +378,9 @@ class Connection:
         self.touch(now)
         if remote_changed:
             self.rehandshake(now)
+
+    def begin(self, now: float) -> None:
+        """The first candidates are known."""
 
     def fail(self, reason: str) -> None:
         """Give up; the node removes the connection at its next turn."""

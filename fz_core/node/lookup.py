@@ -10,6 +10,8 @@ from fz_core.node.connection import Connection
 
 TRANSACTION_TTL = 10.0
 INDEX_BITS = 24
+INIT_TTL = 10.0
+MAX_INITS = 4096
 
 
 class Connections:
@@ -21,6 +23,7 @@ class Connections:
         self._by_key: dict[bytes, Connection] = {}
         self._by_ufrag: dict[str, list[Connection]] = {}
         self._transactions: dict[bytes, tuple[float, Connection]] = {}
+        self._inits: dict[bytes, tuple[float, Connection]] = {}
 
     def add(self, connection: Connection) -> None:
         """Register a connection; one for the same peer must have been removed."""
@@ -42,6 +45,7 @@ class Connections:
         if not same_ufrag:
             del self._by_ufrag[connection.parameters.local.ufrag]
         self._transactions = {t: e for t, e in self._transactions.items() if e[1] is not connection}
+        self._inits = {m: e for m, e in self._inits.items() if e[1] is not connection}
         return connection
 
     def by_key(self, public_key: bytes) -> Connection | None:
@@ -65,6 +69,18 @@ class Connections:
         """The connection whose request was answered in time; each transaction counts once."""
         entry = self._transactions.pop(transaction_id, None)
         return entry[1] if entry and now - entry[0] <= TRANSACTION_TTL else None
+
+    def remember_init(self, datagram: bytes | memoryview, connection: Connection, now: float) -> None:
+        """This init was accepted; copies follow, and must cost neither curve operations nor a share of the limit."""
+        for mac, (at, _) in list(self._inits.items())[:2]:
+            if now - at > INIT_TTL or len(self._inits) >= MAX_INITS:
+                del self._inits[mac]
+        self._inits[bytes(datagram)] = (now, connection)
+
+    def by_init(self, datagram: bytes | memoryview) -> Connection | None:
+        """The connection that has accepted this very init."""
+        entry = self._inits.get(bytes(datagram))
+        return None if entry is None else entry[1]
 
     def free_index(self, start: int) -> int:
         """A 24-bit index no connection uses, searched from `start`."""

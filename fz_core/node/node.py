@@ -2,8 +2,7 @@
 
 One mutation, then drain `poll_transmit` and `poll_event`, then wait for `poll_timeout`.
 
-Source: `spec/connectivity.md` §2, §3.8, §8. Every connection is an ICE one:
-`Parameters.iceless` only tells connections apart, since we never offer that mode (`docs/deviations.md`).
+Source: `spec/connectivity.md` §2, §3.8, §8.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from fz_core.ice import (
     CLIENT_IDLE,
     SERVER_DEFAULT,
     SERVER_IDLE,
-    Candidate,
     optimistic_candidates,
 )
 from fz_core.node.connection import Connection, Parameters, Path, Profiles, State
 from fz_core.node.events import (
+    CandidateRemoved,
     ConnectionClosed,
     ConnectionEstablished,
     ConnectionFailed,
@@ -29,12 +28,13 @@ from fz_core.node.events import (
     NoRelays,
     PathChanged,
 )
+from fz_core.node.iceless import IcelessConnection
 from fz_core.node.relaying import EAGERLY_BOUND, RelayingNode
 from fz_core.packet import Address, DropReason, Transmit
 from fz_core.stun import Message, build, is_stun_untrusted
 from fz_core.stun.attributes import BINDING, INDICATION, PADDING
 from fz_core.turn import Allocation
-from fz_core.wireguard import RateLimiter, initiator_static_key_untrusted, receiver_index
+from fz_core.wireguard import INIT, RateLimiter, initiator_static_key_untrusted, receiver_index
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -63,24 +63,33 @@ class Node(RelayingNode):
         self.public_key: bytes = private_key.public
         self._rate_limiter = RateLimiter(private_key, now, self._random_bytes)
 
-    def reset(self, private_key: PrivateKey, now: float) -> None:
-        """Our network changed: relays are asked anew, and all connections end, to be made again with a new key.
+    def reset(self, private_key: PrivateKey, now: float) -> list[str]:
+        """Our network changed: relays are asked anew, and connections that use ICE end; the ids of their peers.
 
-        No goodbye is sent, for nothing may get through. Events and datagrams not yet taken are lost.
-        Source: `spec/connectivity.md` §8.9.
+        If all do without ICE they live on under the old key, and find their paths again. Otherwise all end, to be made
+        again under the new one. No goodbye is sent, for nothing may get through. Events and datagrams not yet taken
+        are lost. Source: `spec/connectivity.md` §8.9.
         """
         self._transmits.clear()
         self._events.clear()
-        for peer_id in self.peers:
-            self._connections.remove(peer_id)
-            self._events.append(ConnectionClosed(peer_id))
-        self._take_key(private_key, now)
+        self._retries.clear()
+        connections = list(self._connections.by_peer.values())
+        if not connections or not all(isinstance(c, IcelessConnection) for c in connections):
+            for connection in connections:
+                self._connections.remove(connection.peer_id)
+                self._events.append(ConnectionClosed(connection.peer_id))
+            self._take_key(private_key, now)
         for relay in self._relays:
             relay.restart(now)
             while relay.poll_event() is not None:
-                pass  # no connection is left to hear of it
+                pass  # what is lost is said below, to those who stay
             self._drain_relay(relay)
-        self._retries.clear()
+        for connection in self._connections.by_peer.values():
+            assert isinstance(connection, IcelessConnection)
+            for candidate in connection.agent.local_candidates:
+                self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
+            connection.rebuild((), now)
+        return [c.peer_id for c in connections if c.peer_id not in self._connections.by_peer]
 
     # connections
 
@@ -99,7 +108,8 @@ class Node(RelayingNode):
         if relay is None:
             raise NoRelays
         self._connections.remove(peer_id)
-        connection = Connection(
+        kind = IcelessConnection if parameters.iceless else Connection
+        connection = kind(
             peer_id,
             parameters,
             profiles,
@@ -115,6 +125,7 @@ class Node(RelayingNode):
         for candidate in self._initial_candidates(relay):
             connection.agent.add_local_candidate(candidate, now)
         self._signal_candidates(connection)
+        connection.begin(now)
         self._settle(connection, now)
         return True
 
@@ -123,6 +134,7 @@ class Node(RelayingNode):
         connection.touch(now)
         if connection.is_silent(now):
             self._doubt_relay(connection.relay_id, now)
+            self._borrow_relay(connection, now)
             connection.restart_ice(now)
         for candidate in self._initial_candidates(self._relays.get(connection.relay_id)):
             connection.agent.add_local_candidate(candidate, now)
@@ -139,7 +151,7 @@ class Node(RelayingNode):
     def add_remote_candidate(self, peer_id: str, line: str, now: float) -> None:
         """Take a candidate the peer signalled; a malformed or foreign one is ignored."""
         connection = self._connections.by_peer.get(peer_id)
-        candidate = Candidate.parse_untrusted(line)
+        candidate = None if connection is None else connection.parse_untrusted(line)
         if connection is None or candidate is None:
             return
         if candidate in connection.agent.remote_candidates and connection.may_signal_again(now):
@@ -156,7 +168,7 @@ class Node(RelayingNode):
     def remove_remote_candidate(self, peer_id: str, line: str, now: float) -> None:
         """Take back a candidate of the peer."""
         connection = self._connections.by_peer.get(peer_id)
-        candidate = Candidate.parse_untrusted(line)
+        candidate = None if connection is None else connection.parse_untrusted(line)
         if connection is not None and candidate is not None:
             connection.touch(now)
             connection.agent.remove_remote_candidate(candidate, now)
@@ -234,8 +246,8 @@ class Node(RelayingNode):
             return sealed
         connection.dirty = True
         connection._last_activity = now
-        if connection.unheard_since is None:
-            connection.unheard_since = now
+        if connection.note_sent(now):
+            self._settle(connection, now)
         if connection.state is State.IDLE:
             connection.touch(now)
             self._settle(connection, now)
@@ -282,7 +294,7 @@ class Node(RelayingNode):
                     return DropReason.UNKNOWN_DATAGRAM
         first = datagram[0]
         if first == 4:
-            return self._handle_data(remote, datagram, now)
+            return self._handle_data(local, remote, datagram, now)
         if is_stun_untrusted(datagram):
             return self._handle_peer_stun(local, remote, datagram, now)
         return self._handle_wireguard(first, local, remote, datagram, now)
@@ -337,29 +349,34 @@ class Node(RelayingNode):
         self._migrate(now)
         return None if accepted else DropReason.STUN_UNEXPECTED
 
-    def _handle_data(self, remote: Address, datagram: Datagram, now: float) -> tuple[str, bytes] | DropReason | None:
+    def _handle_data(
+        self, local: Address, remote: Address, datagram: Datagram, now: float
+    ) -> tuple[str, bytes] | DropReason | None:
         connection = self._connections.by_index.get(int.from_bytes(datagram[4:8], "little") >> 8)
         if connection is None:
             return DropReason.WG_UNKNOWN_SESSION
         opened = connection.tunnel.handle_untrusted(datagram, remote.ip, now)
         connection.dirty = True
-        if isinstance(opened, bytes):
-            connection.heard_at = now
-            connection.unheard_since = None
-        if isinstance(opened, bytes) and opened:
-            connection._last_activity = now
-            if connection.state is State.IDLE or not connection.established:
-                connection.touch(now)
-                self._settle(connection, now)
-            return connection.peer_id, opened
-        self._settle(connection, now)
-        return None if isinstance(opened, bytes) else opened
+        if not isinstance(opened, bytes):
+            self._settle(connection, now)
+            return opened
+        if connection.take_data(local, remote, opened, now) or not opened:
+            self._settle(connection, now)
+            return None
+        connection._last_activity = now
+        if connection.state is State.IDLE or not connection.established:
+            connection.touch(now)
+            self._settle(connection, now)
+        return connection.peer_id, opened
 
     def _handle_wireguard(
         self, first: int, local: Address, remote: Address, datagram: Datagram, now: float
     ) -> DropReason | None:
-        is_verified = first == 1
-        if first == 1:
+        is_verified = first == INIT
+        connection = self._connections.by_init(datagram) if first == INIT else None
+        if connection is not None:
+            pass  # a copy of one that was accepted, which came another way
+        elif first == INIT:
             # The limiter comes first: finding out whose init this is costs a Diffie-Hellman operation.
             refused = self._rate_limiter.verify_untrusted(bytes(datagram), remote.ip, now)
             if refused is not None:
@@ -372,9 +389,11 @@ class Node(RelayingNode):
             return DropReason.UNKNOWN_DATAGRAM
         if connection is None:
             return DropReason.UNKNOWN_CONNECTION
-        handled = connection.tunnel.handle_untrusted(datagram, remote.ip, now, is_verified)
+        dropped = connection.handle_handshake(local, remote, datagram, now, is_verified)
+        if connection.is_iceless and first == INIT and dropped is None:
+            self._connections.remember_init(datagram, connection, now)
         self._settle(connection, now)
-        return handled if isinstance(handled, DropReason) else None
+        return dropped
 
     def _refuse_handshake(self, refused: bytes | DropReason, local: Address, remote: Address, now: float) -> DropReason:
         """Under load: a cookie reply goes back the way the init came."""
@@ -397,7 +416,7 @@ class Node(RelayingNode):
             return DropReason.STUN_UNEXPECTED
         if connection is None:
             return DropReason.UNKNOWN_CONNECTION
-        dropped = connection.agent.handle_input(local, remote, message, now)
+        dropped = connection.handle_check(local, remote, message, now)
         self._settle(connection, now)
         return dropped
 
@@ -405,10 +424,8 @@ class Node(RelayingNode):
 
     def _settle(self, connection: Connection, now: float) -> None:
         connection.settle(now)
-        while (transmit := connection.agent.poll_transmit()) is not None:
-            self._send_check(connection, transmit, now)
-        for datagram in connection.take_datagrams():
-            self._send_on_path(connection, datagram, now)
+        for outgoing in connection.outgoing(now):
+            self._send(connection, outgoing, now)
         if connection.path_changed and connection.path is not None:
             connection.path_changed = False
             path = connection.path

@@ -19,6 +19,9 @@ class PathPairs:
         self._pairs: dict[Key, Pair] = {}
         self._next_id = 0
 
+    def __len__(self) -> int:
+        return len(self._pairs)
+
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._pairs.values())
 

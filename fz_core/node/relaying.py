@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from fz_core.ice import Candidate, CandidateKind, is_usable
-from fz_core.node.connection import Connection
+from fz_core.node.connection import Connection, Outgoing
 from fz_core.node.events import CandidateAdded, CandidateRemoved, NodeEvent, PeerLost, PeerSilent, RelaysExhausted
 from fz_core.node.lookup import Connections
 from fz_core.packet import Address, Transmit
@@ -75,23 +75,26 @@ class RelayingNode(ABC):
         """Whether a connection could be made now."""
         return any(allocation.rtt is not None for allocation in self._relays)
 
+    @property
+    def expects_relay(self) -> bool:
+        """Whether a relay is being asked that may yet answer."""
+        return any(allocation.free_reason is None for allocation in self._relays)
+
     # sending
 
-    def _send_check(self, connection: Connection, check: Transmit, now: float) -> None:
+    def _send(self, connection: Connection, outgoing: Outgoing, now: float) -> None:
+        local, remote, payload, is_check = outgoing
         # Byte 0 of a STUN request is 0 and of a response 1; only requests expect an answer.
-        if check.payload[0] == 0:
-            self._connections.expect(check.payload[8:20], connection, now)
-        assert check.local is not None
-        if self._owner_of(check.local) is None and _is_relayed(connection, check.local):
-            return  # the relay went this moment; the candidate follows
-        self._send_from(check.local, check.remote, check.payload, now)
+        if is_check and payload[0] == 0:
+            self._connections.expect(payload[8:20], connection, now)
+        if self._owner_of(local) is None and _is_relayed(connection, local):
+            return  # the relay went this moment, and its address was never one of this host
+        self._send_from(local, remote, payload, now)
 
     def _send_on_path(self, connection: Connection, datagram: bytes, now: float) -> None:
         path = connection.path
         assert path is not None
-        if path.via_relay and self._owner_of(path.local) is None:
-            return  # the relay is gone, and its address was never one of this host
-        self._send_from(path.local, path.remote, datagram, now)
+        self._send(connection, Outgoing(path.local, path.remote, datagram, is_check=False), now)
 
     def _send_from(self, local: Address, remote: Address, payload: bytes, now: float) -> None:
         """Send from a host address, or through the relay that owns `local`."""
@@ -164,7 +167,7 @@ class RelayingNode(ABC):
             for candidate in connection.agent.local_candidates:
                 if candidate.kind is gone.kind and candidate.address == gone.address:
                     connection.agent.remove_local_candidate(candidate, now)
-                    self._events.append(CandidateRemoved(connection.peer_id, candidate.to_invalidation()))
+                    self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
                     self._settle(connection, now)
                     break
 
@@ -181,8 +184,7 @@ class RelayingNode(ABC):
 
     def _signal(self, connection: Connection, candidate: Candidate) -> None:
         if candidate.kind is not CandidateKind.PRFLX:
-            line = candidate.to_sdp(connection.parameters.local.ufrag)
-            self._events.append(CandidateAdded(connection.peer_id, line))
+            self._events.append(CandidateAdded(connection.peer_id, connection.announcement(candidate)))
 
     # relays going away
 
@@ -210,11 +212,12 @@ class RelayingNode(ABC):
             relay = self._relays.get(relay_id)
             if relay is None or relay.server is not None:
                 del self._retries[relay_id]
-            elif now >= at and relay.free_reason is not None:
-                relay.restart(now)
-                gap = min(gap * 2, RETRY_MOST)
+            elif now >= at:
+                if relay.free_reason is not None:
+                    relay.restart(now)
+                    self._drain_relay(relay)
+                    gap = min(gap * 2, RETRY_MOST)
                 self._retries[relay_id] = (now + gap, gap)
-                self._drain_relay(relay)
 
     def _migrate(self, now: float) -> None:
         """Move connections whose relay is gone to another one, once one has answered."""
@@ -245,6 +248,10 @@ class RelayingNode(ABC):
         for relay in self._relays:
             relay.probe(now)
             self._drain_relay(relay)
+        self._borrow_relay(connection, now)
+
+    def _borrow_relay(self, connection: Connection, now: float) -> None:
+        """The relay may be at fault, so another one's addresses are offered as well."""
         spare = self._relays.choose(other_than=connection.relay_id)
         if spare is not None:
             self._use_relay(connection, spare, now)
@@ -257,7 +264,7 @@ class RelayingNode(ABC):
             return
         for candidate in connection.agent.local_candidates:
             if candidate.base == base:
-                self._events.append(CandidateRemoved(connection.peer_id, candidate.to_invalidation()))
+                self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
 
     def _announce_again(self, connection: Connection, base: Address) -> None:
         for candidate in connection.agent.local_candidates:
@@ -266,6 +273,8 @@ class RelayingNode(ABC):
 
 
 def _is_relayed(connection: Connection, local: Address) -> bool:
+    if connection.path is not None and connection.path.via_relay and connection.path.local == local:
+        return True
     return any(c.kind is CandidateKind.RELAY and c.base == local for c in connection.agent.local_candidates)
 
 

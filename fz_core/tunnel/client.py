@@ -153,13 +153,12 @@ class ClientTunnel(PeerTunnel):
         use is asked for again as soon as that stands. Source: `spec/connectivity.md` §8.9, `spec/io.md` §3.9.
         """
         busy = [peer_id for peer_id in self.node.peers if self.node.is_busy(peer_id)]
+        self._resume += self._pending.unanswered()
         self._resume += [key for peer_id in busy for key in self._keys_of(peer_id)]
         self._dns.reset()
         self._transmits.clear()
         self.path_mtus.clear()
-        peers = self.node.peers
-        self.node.reset(PrivateKey(self._random_bytes(32)), now)
-        for peer_id in peers:
+        for peer_id in self.node.reset(PrivateKey(self._random_bytes(32)), now):
             self._handle_connection_lost(peer_id, "the network changed", now)
         self._collect(now)
 
@@ -451,8 +450,8 @@ class ClientTunnel(PeerTunnel):
         try:
             is_new = self._connect(message.gateway_id, parameters, CLIENT_PROFILES, now)
         except NoRelays:
-            # The request stays open with its packets, so that traffic asks again, but not at once.
-            self._events.append(SendToPortal(messages.NoRelays()))
+            # The request stays open with its packets.
+            self._postpone(message, now)
             return
         if is_new and self._gateways.resources_of(message.gateway_id):
             # It started anew, and what it granted before is gone: ask for that again.

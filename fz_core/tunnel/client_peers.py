@@ -238,7 +238,7 @@ class PeerTunnel(TunnelRole):
         try:
             self._connect(message.client_id, parameters, PEER_CLIENT_PROFILES, now)
         except NoRelays:
-            self._events.append(SendToPortal(messages.NoRelays()))
+            self._postpone(message, now)
             return
         peer = self._peers.upsert(message.client_id, message.client_name, (message.client_ipv4, message.client_ipv6))
         if message.resource is not None:

@@ -293,7 +293,10 @@ class GatewayTunnel(TunnelRole):
             controlling=False,
             iceless=message.use_iceless,
         )
-        if not self._connect(message.client.id, parameters, now):
+        try:
+            self.node.upsert_connection(message.client.id, parameters, now, GATEWAY_PROFILES)
+        except NoRelays:
+            self._postpone(message, now)
             return
         ips = (message.client.ipv4.packed, message.client.ipv6.packed)
         self._grant(message.client.id, ips, message.resource, message.expires_at, now)

@@ -32,6 +32,9 @@ from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.path_mtu import SYN, Hop, PathMtus
 
 # Drops that are nobody's mistake: counted, but no error.
+# How long the portal's word waits for a relay to answer, and how many words.
+POSTPONED_SECONDS = 8.0
+MAX_POSTPONED = 256
 SILENT = frozenset({DropReason.MULTICAST, DropReason.UNMAPPED_SENTINEL})
 
 
@@ -54,6 +57,7 @@ class TunnelRole(ABC):
         self._own_ips: tuple[bytes, bytes] = (b"", b"")
         self._candidates = CandidateOutbox()
         self._portal_is_up = False
+        self._postponed: deque[tuple[float, Any]] = deque(maxlen=MAX_POSTPONED)
         self._transmits: deque[Transmit] = deque()
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
@@ -69,7 +73,7 @@ class TunnelRole(ABC):
         """The portal accepted our join: tell it what we can do, and all held candidates."""
         self._portal_is_up = True
         self.node.resignal_candidates()
-        self._events.append(SendToPortal(SetSnownetCapabilities(iceless=False)))
+        self._events.append(SendToPortal(SetSnownetCapabilities(iceless=True)))
         self._collect(now)
 
     def handle_portal_disconnected(self, now: float) -> None:
@@ -249,9 +253,22 @@ class TunnelRole(ABC):
                     self._handle_peer_lost(peer_id, now)
                 case node_events.RelaysExhausted():
                     self._events.append(SendToPortal(NoRelays()))
+        if self._postponed and self.node.has_relay:
+            waiting = list(self._postponed)
+            self._postponed.clear()
+            for deadline, message in waiting:
+                if now <= deadline:
+                    self._handle_message(message, now)
+            self._collect(now)
         if self._portal_is_up:
             for batch in self._candidates.release():
                 self._events.extend(SendToPortal(message) for message in self._candidate_messages(batch))
+
+    def _postpone(self, message: Any, now: float) -> None:
+        """No connection can be made before a relay has answered; if none is going to, the portal knows others."""
+        self._postponed.append((now + POSTPONED_SECONDS, message))
+        if not self.node.expects_relay:
+            self._events.append(SendToPortal(NoRelays()))
 
     def _drop(self, reason: DropReason, source: object = None, destination: object = None) -> PacketError | None:
         self.drops.add(reason)

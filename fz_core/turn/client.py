@@ -392,7 +392,7 @@ class Allocation:
             self._give_up_challenge(request)
             return
         self._credentials.nonce = message.nonce
-        request.backoff = Backoff(now)
+        request.backoff = Backoff(now, rtt=self._rtt)
         self._send(request)
 
     def _give_up_challenge(self, request: Request) -> None:
@@ -480,11 +480,11 @@ class Allocation:
     # Sending
 
     def _send_binding(self, destination: Address, now: float) -> None:
-        self._send(Request(BINDING, [self._software], destination, Backoff(now)))
+        self._send(Request(BINDING, [self._software], destination, Backoff(now, rtt=self._rtt)))
 
     def _send_allocate(self, now: float) -> None:
         assert self._server is not None
-        self._send(Request(ALLOCATE, [*self._wishes(), self._software], self._server, Backoff(now)))
+        self._send(Request(ALLOCATE, [*self._wishes(), self._software], self._server, Backoff(now, rtt=self._rtt)))
 
     def _send_refresh(self, now: float, *, max_elapsed: float = 8.0, is_delete: bool = False) -> None:
         assert self._server is not None
@@ -492,7 +492,8 @@ class Allocation:
         attributes.append(self._software)
         if is_delete:
             attributes.append((LIFETIME, u32_value(0)))
-        request = Request(REFRESH, attributes, self._server, Backoff(now, max_elapsed))
+        rtt = self._rtt if max_elapsed > REQUEST_TIMEOUT else None
+        request = Request(REFRESH, attributes, self._server, Backoff(now, max_elapsed, rtt))
         request.is_delete = is_delete
         self._send(request)
 
@@ -505,7 +506,7 @@ class Allocation:
 
     def _send_bind(self, channel: Channel, now: float) -> None:
         assert self._server is not None
-        request = Request(CHANNEL_BIND, [], self._server, Backoff(now))
+        request = Request(CHANNEL_BIND, [], self._server, Backoff(now, rtt=self._rtt))
         request.peer = channel.peer
         request.channel = channel.number
         self._send(request)

@@ -1,7 +1,8 @@
 """Requests in flight to a relay: when each is repeated, when it is given up.
 
-Schedule (spec/connectivity.md section 3.4): after 1 s, then each gap 1.5 times the last, for 8 s in all.
-A proactive refresh is sent once and given up after 1 s.
+Schedule (spec/connectivity.md section 3.4): after 1 s, then each gap 1.5 times the last, for 8 s in all. Once the
+relay's round-trip time is known the first gap is three of those, if that is shorter: a lost datagram then costs no
+second. A proactive refresh is sent once and given up after 1 s.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 from fz_core.packet import Address
 
 REQUEST_TIMEOUT = 1.0
+MIN_TIMEOUT = 0.2
+ROUND_TRIPS = 3
 MULTIPLIER = 1.5
 MAX_ELAPSED = 8.0
+LAST_DEADLINE = 8.125  # where the gaps from 1 s end
 # A relay that answers every signed request with a new challenge must not keep us busy for ever.
 MAX_CHALLENGES = 5
 
@@ -18,10 +22,11 @@ MAX_CHALLENGES = 5
 class Backoff:
     """The clock of one request, its repetitions included."""
 
-    def __init__(self, now: float, max_elapsed: float = MAX_ELAPSED) -> None:
+    def __init__(self, now: float, max_elapsed: float = MAX_ELAPSED, rtt: float | None = None) -> None:
+        first = REQUEST_TIMEOUT if rtt is None else min(max(ROUND_TRIPS * rtt, MIN_TIMEOUT), REQUEST_TIMEOUT)
         self.started_at = now
-        self.due_at: float = now + REQUEST_TIMEOUT
-        self._interval = REQUEST_TIMEOUT
+        self.due_at: float = now + first
+        self._interval = first
         self._max_elapsed = max_elapsed
 
     def is_exhausted(self, now: float) -> bool:
@@ -31,7 +36,7 @@ class Backoff:
     def advance(self, now: float) -> None:
         """Count one repetition."""
         self._interval *= MULTIPLIER
-        self.due_at = now + self._interval
+        self.due_at = min(now + self._interval, max(self.started_at + LAST_DEADLINE, now))
 
 
 class Request:

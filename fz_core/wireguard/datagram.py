@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-RECEIVER_INDEX_OFFSET = {2: 8, 3: 4, 4: 4}
+INIT, RESPONSE, COOKIE_REPLY, DATA = 1, 2, 3, 4
+RECEIVER_INDEX_OFFSET = {RESPONSE: 8, COOKIE_REPLY: 4, DATA: 4}
 
 
 def receiver_index(datagram: Buffer) -> int | None:

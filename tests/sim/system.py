@@ -209,8 +209,8 @@ class Peer:
 class SimPortal:
     """Access for everybody, with the ordering a portal owes its peers."""
 
-    def __init__(self, world: World, relays: list[SimRelay], latency: float = 0.005) -> None:
-        self.world, self.relays, self.latency = world, relays, latency
+    def __init__(self, world: World, relays: list[SimRelay], latency: float = 0.005, *, iceless: bool = False) -> None:
+        self.world, self.relays, self.latency, self.iceless = world, relays, latency, iceless
         self.grants: dict[tuple[str, str], None] = {}
         self.offline: set[str] = set()
         self.denied: set[str] = set()
@@ -350,7 +350,7 @@ class SimPortal:
                 as_seen_by_gateway(resource),
                 *credentials(keys),
                 self.expires_at,
-                False,
+                self.iceless,
                 INGEST_TOKEN,
             ),
         )
@@ -367,7 +367,7 @@ class SimPortal:
         self.to(
             client,
             c.AuthorizationCreated(
-                resource_id, gateway, SITE.id, key, v4, v6, psk, *credentials(keys), False, INGEST_TOKEN
+                resource_id, gateway, SITE.id, key, v4, v6, psk, *credentials(keys), self.iceless, INGEST_TOKEN
             ),
         )
 
@@ -416,6 +416,7 @@ class Scenario:
     relays: int = 1
     clients: int = 1
     gateways: int = 1
+    iceless: bool = False
     faults: Faults = field(default_factory=Faults)
     latency: float = 0.005
 
@@ -441,7 +442,7 @@ class System:
             )
             for n in range(s.relays)
         ]
-        self.portal = SimPortal(self.world, self.relays, s.latency)
+        self.portal = SimPortal(self.world, self.relays, s.latency, iceless=s.iceless)
         self.gateways = [
             self._peer("gateway", "g" * (n + 1), s.gateway_nat, s.gateway_families, 31 + 2 * n)
             for n in range(s.gateways)

@@ -213,7 +213,7 @@ def test_a_grant_is_confirmed_and_told() -> None:
     kinds = [type(m) for m in told]
     # the portal drops candidates for a client it did not hear a confirmation about
     assert kinds.index(g.AuthorizationCreated) < kinds.index(g.BroadcastIceCandidates)
-    assert c.SetSnownetCapabilities(iceless=False) in told
+    assert c.SetSnownetCapabilities(iceless=True) in told
 
 
 def test_a_second_grant_changes_filters_but_not_the_network() -> None:
