@@ -149,8 +149,8 @@ class Tunnel:
     def reset(self, reason: str) -> None:
         """Client: our network changed. Start over with new sockets, relays, keys, and a new link to the portal.
 
-        Connections through the tunnel live on. From any thread; several calls at once are one. On a gateway,
-        whose clients come to it, this only has the network looked at again.
+        Connections through the tunnel live on. From any thread; several calls at once are one. A gateway keeps
+        its sockets and key: its relays are checked, and its link to the portal is made anew.
         """
         if self._loop is not None and not self._is_resetting:
             self._is_resetting = True
@@ -274,6 +274,8 @@ class Tunnel:
         """Within a turn of the loop, whose end sends the first datagrams by the new sockets."""
         self._is_resetting = False
         if isinstance(self._state, GatewayTunnel):
+            log.info("Network changed", reason=reason)
+            self.is_joined = False  # by an address that is gone
             self._look_at_network(now)
             return
         assert self._loop is not None
