@@ -235,7 +235,6 @@ class Tunnel:
                     log.info("Connected to portal", host=self._login.endpoint()[0])
                     self.is_joined = True
                     self._watch.note_targets()
-                    loop.submit(state.handle_portal_disconnected)  # what was asked since the last hiccup is lost
                     loop.submit(state.handle_portal_connected)
                 case MessageReceived(message):
                     self._note_relays(message)
@@ -292,7 +291,7 @@ class Tunnel:
 
     def _look_at_network(self, now: float) -> None:
         """Nothing needs to start over, but what was out of reach may not be any more, and the reverse."""
-        self._state.node.update_relays((), (), now)  # has all of them checked
+        self._state.handle_network_changed(now)
         if isinstance(self._names, GatewayNames):
             self._names.reset()
         if self._link is not None:

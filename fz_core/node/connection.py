@@ -53,6 +53,8 @@ UNANSWERED = 0.5
 # From a silent path to telling the peer, then again after ever longer gaps, and how long our end is taken back.
 STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
 TAKEN_BACK = 0.1
+# A connection in the making that has no path by then is worth asking the portal again, which tells the peer again.
+SLOW_FIRST = 2.5
 BUFFERED_DATAGRAMS = 128
 
 
@@ -173,6 +175,8 @@ class Connection:
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
         self._taken_back: tuple[float, Address] | None = None
+        self.is_slow = False
+        self._slow_at: float | None = now + SLOW_FIRST if parameters.controlling else None
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """Take a candidate of the peer."""
@@ -252,6 +256,9 @@ class Connection:
                 self._taken_back = (now + TAKEN_BACK, silent.local)
                 self._still_silent_at = now + self._silent_gap
                 self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
+        if self._slow_at is not None and now >= self._slow_at:
+            self.is_slow = self.path is None
+            self._slow_at = now + SLOW_FIRST if self.is_slow else None
         if self._taken_back is not None and now >= self._taken_back[0]:
             self.due_again, self._taken_back = self._taken_back[1], None
 
@@ -267,6 +274,7 @@ class Connection:
             self._last_activity + MAX_IDLE if self.state is State.CONNECTED and self._is_negotiated else None,
             None if self.unheard_since is None else self.unheard_since + UNANSWERED,
             self._still_silent_at,
+            self._slow_at,
             None if self._taken_back is None else self._taken_back[0],
         ]
         self._deadline = min((d for d in due if d is not None), default=None)

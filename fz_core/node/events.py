@@ -62,7 +62,7 @@ class PeerSilent:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """Still no answers: the peer may have started anew, which the portal would know. Repeated while it lasts."""
+    """No answers, or no path yet: the peer may have started anew, or know nothing of us. Repeated while it lasts."""
 
     peer_id: str
 

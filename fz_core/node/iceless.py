@@ -117,16 +117,20 @@ class IcelessConnection(Connection):
 
     def settle(self, now: float) -> None:
         """Let agent and tunnel react to each other; a pair just formed is probed at once."""
+        self._run_agent(now)
+        super().settle(now)
+
+    def _run_agent(self, now: float) -> None:
         due = self.agent.poll_timeout()
         if due is not None and due <= now:
             self.agent.handle_timeout(now)
-        super().settle(now)
 
     def outgoing(self, now: float) -> Iterator[Outgoing]:
         """Our inits and answers, then what the tunnel says on the path, then probes."""
         while (datagram := self.tunnel.poll_datagram()) is not None:
             if datagram[0] == INIT:
                 self.agent.send_init(datagram, now)
+                self._run_agent(now)  # the second one unanswered makes it look for another path
             elif self.path is not None:
                 self._answers.append(Outgoing(self.path.local, self.path.remote, datagram, is_check=False))
         while self._answers:

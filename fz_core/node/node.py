@@ -27,6 +27,7 @@ from fz_core.node.events import (
     NodeEvent,
     NoRelays,
     PathChanged,
+    PeerLost,
 )
 from fz_core.node.iceless import IcelessConnection
 from fz_core.node.relaying import EAGERLY_BOUND, RelayingNode
@@ -106,6 +107,7 @@ class Node(RelayingNode):
             return False
         relay = self._relays.choose()
         if relay is None:
+            self._wake_relays(now)
             raise NoRelays
         self._connections.remove(peer_id)
         kind = IcelessConnection if parameters.iceless else Connection
@@ -133,6 +135,7 @@ class Node(RelayingNode):
         """The peer may have lost what we told it: say it again, with what was learnt since (§8.3)."""
         connection.touch(now)
         if connection.is_silent(now):
+            self._wake_relays(now)
             self._doubt_relay(connection.relay_id, now)
             self._borrow_relay(connection, now)
             connection.restart_ice(now)
@@ -438,6 +441,9 @@ class Node(RelayingNode):
         if connection.lasting_silence is not None:
             base, connection.lasting_silence = connection.lasting_silence, None
             self._handle_lasting_silence(connection, base, now)
+        if connection.is_slow:
+            connection.is_slow = False
+            self._events.append(PeerLost(connection.peer_id))
         if connection.due_again is not None:
             base, connection.due_again = connection.due_again, None
             self._announce_again(connection, base)

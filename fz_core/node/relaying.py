@@ -18,6 +18,7 @@ from fz_core.portal.types import RelayEntry
 from fz_core.turn import (
     Allocation,
     HostDiscovered,
+    HostRemoved,
     ReflexiveDiscovered,
     ReflexiveRemoved,
     RelayedAdded,
@@ -26,7 +27,7 @@ from fz_core.turn import (
 )
 
 REALM = "firezone"
-RETRY_FIRST, RETRY_MOST = 2.0, 60.0
+RETRY_FIRST, RETRY_MOST = 1.0, 30.0
 EAGERLY_BOUND = (CandidateKind.RELAY, CandidateKind.SRFLX, CandidateKind.PRFLX)
 
 
@@ -64,6 +65,13 @@ class RelayingNode(ABC):
                 allocation.refresh(now)
         self._settle_relays(now)
         self._migrate(now)
+
+    def handle_network_changed(self, now: float) -> None:
+        """An address of this host may have come or gone: ask all relays where they see us."""
+        for relay in self._relays:
+            relay.probe(now)
+            self._drain_relay(relay)
+        self._wake_relays(now)
 
     @property
     def relay_count(self) -> int:
@@ -126,6 +134,9 @@ class RelayingNode(ABC):
                 match event:
                     case HostDiscovered(address):
                         self._offer(Candidate.host(address), relay_id, now)
+                    case HostRemoved(address):
+                        if not any(address in other.host_addresses for other in self._relays):
+                            self._withdraw(Candidate.host(address), now)
                     case ReflexiveDiscovered(address, base):
                         self._offer(Candidate.srflx(address, base), relay_id, now)
                     case ReflexiveRemoved(address, base):
@@ -218,6 +229,12 @@ class RelayingNode(ABC):
                     self._drain_relay(relay)
                     gap = min(gap * 2, RETRY_MOST)
                 self._retries[relay_id] = (now + gap, gap)
+
+    def _wake_relays(self, now: float) -> None:
+        """A connection wants a relay: those that fell silent are asked now, and not when their time has come."""
+        for relay_id in self._retries:
+            self._retries[relay_id] = (now, RETRY_FIRST)
+        self._retry_relays(now)
 
     def _migrate(self, now: float) -> None:
         """Move connections whose relay is gone to another one, once one has answered."""

@@ -367,6 +367,7 @@ class ClientTunnel(PeerTunnel):
         self._configure(message.interface)
         self._configure_flow_logs(message.flow_logs, now)
         self._resync_grants(message.authorizations, now)
+        self._resume += self._pending.unanswered()
         self._resume_access(now)
 
     def _configure(self, interface: Interface) -> None:

@@ -85,6 +85,11 @@ class TunnelRole(ABC):
         self._handle_message(message, now)
         self._collect(now)
 
+    def handle_network_changed(self, now: float) -> None:
+        """Addresses or routes of this host changed, but sockets and connections may live on."""
+        self.node.handle_network_changed(now)
+        self._collect(now)
+
     # packets
 
     def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:

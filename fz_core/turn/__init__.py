@@ -3,6 +3,7 @@
 from fz_core.turn.client import Allocation
 from fz_core.turn.events import (
     HostDiscovered,
+    HostRemoved,
     ReflexiveDiscovered,
     ReflexiveRemoved,
     RelayedAdded,
@@ -26,6 +27,7 @@ __all__ = [
     "ChannelBound",
     "ChannelUnbound",
     "HostDiscovered",
+    "HostRemoved",
     "PortFreed",
     "ReflexiveDiscovered",
     "ReflexiveRemoved",

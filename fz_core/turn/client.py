@@ -52,6 +52,7 @@ from fz_core.turn.channels import Channel, Channels
 from fz_core.turn.credentials import Credentials
 from fz_core.turn.events import (
     HostDiscovered,
+    HostRemoved,
     ReflexiveDiscovered,
     ReflexiveRemoved,
     RelayedAdded,
@@ -320,9 +321,12 @@ class Allocation:
         if mapped is None:
             return
         family = len(local.ip)
-        if self._hosts.get(family) != local:
+        host = self._hosts.get(family)
+        if host != local:
             self._hosts[family] = local
             self._events.append(HostDiscovered(local))
+            if host is not None:
+                self._events.append(HostRemoved(host))
         known = self._reflexives.get(family)
         if known != (mapped, local):
             self._reflexives[family] = (mapped, local)

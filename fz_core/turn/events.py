@@ -15,6 +15,13 @@ class HostDiscovered:
 
 
 @dataclass(frozen=True, slots=True)
+class HostRemoved:
+    """The relay's answers arrive on another local address now."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
 class ReflexiveDiscovered:
     """The relay sees us at `address`; `base` is the local address behind it."""
 
@@ -45,4 +52,4 @@ class RelayedRemoved:
     address: Address
 
 
-TurnEvent = HostDiscovered | ReflexiveDiscovered | ReflexiveRemoved | RelayedAdded | RelayedRemoved
+TurnEvent = HostDiscovered | HostRemoved | ReflexiveDiscovered | ReflexiveRemoved | RelayedAdded | RelayedRemoved

@@ -51,7 +51,7 @@ def check_tables(peer: Peer, label: object) -> None:
     assert len(connections._transactions) <= 1500 * count, label
     for connection in connections.by_peer.values():
         assert len(connection.agent._pairs) <= 100, label
-        assert len(connection.agent._remotes) <= 100, label
+        assert len(connection.agent.remote_candidates) <= 100, label
         assert not connection.agent._transmits, label
         assert not connection.agent._events, label
     assert not node._transmits, label
