@@ -163,6 +163,7 @@ class Node(RelayingNode):
         relay = self._relays.get(connection.relay_id)
         if relay is not None and candidate.kind in EAGERLY_BOUND:
             relay.bind_channel(candidate.address, now)
+            self._drain_relay(relay)  # without ICE the gateway has nothing to send that would
         connection.add_remote_candidate(candidate, now)
         for guess in optimistic_candidates(connection.agent.remote_candidates):
             connection.add_remote_candidate(guess, now)
