@@ -50,7 +50,7 @@ class Programs:
     """Which programs play which part. The official ones take the same arguments and variables.
 
     `peer` is the client on whose device another client calls; without it that is `client` too. With `old_clients` the
-    portal lets clients before 1.4 use any gateway.
+    portal lets clients before 1.4 use any gateway, with `iceless` it lets pairs that can do without ICE do so.
     """
 
     gateway: tuple[str, ...] = ours("fz_gateway")
@@ -59,13 +59,14 @@ class Programs:
     portal: tuple[str, ...] = ours("fz_core.commands.portal")
     peer: tuple[str, ...] | None = None
     old_clients: bool = False
+    iceless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Where the two ends stand. Families are 4 and 6.
 
-    With `iceless` the portal lets pairs that can do without ICE do so. With `resolvers` each machine's own name
+    `iceless` is as in `Programs`. With `resolvers` each machine's own name
     server answers. With `named_portal` the client knows the portal by name, with addresses of both families, also
     while its own network has only one.
     """
@@ -139,7 +140,7 @@ class System:
         self.doh_servers: list[str] = []
         self.search_domain: str | None = None
         self.old_clients = self.programs.old_clients
-        self.iceless = self.shape.iceless
+        self.iceless = self.shape.iceless or self.programs.iceless
 
     def start(self) -> None:
         """One gateway and one client, ready to talk."""
