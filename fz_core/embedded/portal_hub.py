@@ -12,6 +12,7 @@ from typing import Any
 from fz_core.embedded.policy import ClientAccount, Policy
 from fz_core.embedded.portal_derivation import FAR_FUTURE, turn_credentials
 from fz_core.embedded.portal_modes import Modes
+from fz_core.embedded.portal_moves import Moves
 from fz_core.embedded.portal_session import Session
 from fz_core.embedded.portal_versions import SITES, understands
 from fz_core.embedded.store import Store
@@ -112,7 +113,7 @@ class Hub:
 
     def __init__(self, policy: Policy, store: Store, unix_epoch: float, random_bytes: Callable[[int], bytes]) -> None:
         self.policy, self.store, self.random_bytes = policy, store, random_bytes
-        self.timers, self.modes = Timers(), Modes()
+        self.timers, self.modes, self.moves = Timers(), Modes(), Moves()
         self.sessions: dict[int, Session] = {}
         self.missing_relays: set[str] = set()
         self.outputs: deque[Output] = deque()
@@ -138,6 +139,7 @@ class Hub:
             log.info("Replaced role=%s name=%s remote=%s by remote=%s", old.role, old.name, old.remote, session.remote)
             self._replace(old, session)
         self.sessions[session.id] = session
+        self.moves.note(session)
         if session.device is not None:
             self._by_device[session.peer_id] = session
 
@@ -216,6 +218,7 @@ class Hub:
         account = session.account
         expires_at = (account.expires_at if isinstance(account, ClientAccount) else None) or FAR_FUTURE
         secret, identity = relay_session.stamp_secret or "", relay_session.relay_id or ""
+        expires_at -= self.moves.of(session)
         username, password = turn_credentials(session.public_key, expires_at, secret)
         return (Relay(identity, a, username, password, expires_at) for a in relay_session.addresses)
 

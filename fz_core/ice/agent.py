@@ -370,7 +370,7 @@ class Agent:
             self._select(best)
 
     def _is_worth_using(self, pair: Pair, now: float) -> bool:
-        """Not silent, and if it would replace the pair in use, neither late nor, where that is silent, unheard since."""
+        """Not silent; and to replace the pair in use, not late, and where that is silent, heard since."""
         used = self._selected
         if pair.is_silent or used is None or used is pair:
             return not pair.is_silent

@@ -282,7 +282,10 @@ def test_a_day_without_portal_disturbs_nothing() -> None:
 
 
 def test_a_day_without_portal_costs_neither_packets_nor_memory_nor_work() -> None:
-    """A flow of a packet a minute, until an hour before gateways give up. Work is counted in events of the world: timers that fired and datagrams."""
+    """A flow of a packet a minute, until an hour before gateways give up.
+
+    Work is counted in events of the world: timers that fired and datagrams.
+    """
     whole = Whole(6)
     world = whole.world
     assert whole.asks_until_answered(b"a", 2.0)

@@ -158,7 +158,7 @@ class World:
         default_agent = CLIENT_AGENT if role == "client" else GATEWAY_AGENT
         return Knock(
             role, options.pop("legacy", False), params, options.pop("token", TOKENS[role]),
-            options.pop("agent", default_agent), "192.0.2.9",
+            options.pop("agent", default_agent), options.pop("remote", "192.0.2.9"),
         )  # fmt: skip
 
     def open(self, role: str, **options: Any) -> Peer:

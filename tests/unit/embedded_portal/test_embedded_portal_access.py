@@ -293,6 +293,15 @@ def test_a_relay_back_within_a_second_is_not_mentioned(world: World) -> None:
     assert client.events() == []
 
 
+def test_a_peer_that_comes_from_elsewhere_gets_other_relay_credentials(world: World) -> None:
+    """Its relays know it at the old address only, and an official peer would not notice."""
+    world.relay()
+    places = ["192.0.2.9", "192.0.2.9", "2001:db8::9", "192.0.2.77", "2001:db8::9", "192.0.2.77"]
+    names = [world.client(remote=place).init["relays"][0]["username"].partition(":")[0] for place in places]
+    assert names == ["2145916800"] * 3 + ["2145916799"] * 3
+    assert world.client(remote="192.0.2.1", key=b"n" * 32).init["relays"][0]["username"].startswith("2145916800:")
+
+
 def test_no_relays_is_always_answered(world: World) -> None:
     client = world.client()
     client.send("no_relays", {})
