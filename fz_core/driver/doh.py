@@ -11,31 +11,28 @@ server closed in between are replaced within the query that finds out.
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import math
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import httpcore
 import structlog
 import trio
 
-from fz_core.dns import Query, is_reply_to, with_id
+from fz_core.dns import Query, with_id
 from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, MAX_MESSAGE, DnsFailed, DnsTimeout, TooBusy
-from fz_core.driver.marked_http import MarkedBackend, connect_marked
+from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, DnsFailed, DnsTimeout, TooBusy
 from fz_core.linux import SocketFactory
+
+if TYPE_CHECKING:
+    from fz_core.driver.doh_server import DohServer
 
 QUERY_TIMEOUT = 5.0
 BOOTSTRAP_TIMEOUT = 5.0
 MAX_BOOTSTRAPS = 10
-MAX_CONNECTIONS = 8
-CONTENT_TYPE = b"application/dns-message"
-HAS_HTTP2 = importlib.util.find_spec("h2") is not None
 
 log = structlog.get_logger("doh")
 
@@ -59,12 +56,12 @@ class DohClient:
     ) -> None:
         self._servers, self._marked, self._tls, self._sockets = servers, marked, tls, sockets
         self._hosts, self._dns_port = hosts, dns_port
-        self._ready: dict[str, _Server] = {}
+        self._ready: dict[str, DohServer] = {}
         self._starting: set[str] = set()
         self._work, self._todo = trio.open_memory_channel[Callable[[], Awaitable[None]]](math.inf)
         self._scopes: set[trio.CancelScope] = set()
         self._generation = 0
-        self._open_servers: set[_Server] = set()
+        self._open_servers: set[DohServer] = set()
 
     async def run(self) -> None:
         """Make servers ready in the background until cancelled."""
@@ -131,7 +128,7 @@ class DohClient:
         for server in tuple(self._open_servers):
             await self._close(server)
 
-    async def _ask(self, url: str, server: _Server, query: Query) -> bytes:
+    async def _ask(self, url: str, server: DohServer, query: Query) -> bytes:
         scope = trio.CancelScope()
         self._scopes.add(scope)
         try:
@@ -140,7 +137,7 @@ class DohClient:
         except trio.TooSlowError:
             self._start(url)  # maybe the path is dead; the old connection serves until the new one stands
             raise DnsTimeout(f"no answer from {url} within {QUERY_TIMEOUT:g} s") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+        except OSError as error:
             if self._ready.get(url) is server:
                 self._retire(url)
             self._start(url)
@@ -160,16 +157,16 @@ class DohClient:
         server.is_retired = True
         self._close_if_unused(server)
 
-    def _close_if_unused(self, server: _Server) -> None:
+    def _close_if_unused(self, server: DohServer) -> None:
         if server.is_retired and not server.users:
             self._work.send_nowait(partial(self._close, server))
 
-    async def _close(self, server: _Server) -> None:
+    async def _close(self, server: DohServer) -> None:
         self._open_servers.discard(server)
         await server.aclose()
 
     async def _bootstrap(self, url: str, generation: int) -> None:
-        found: _Server | None = None
+        found: DohServer | None = None
         try:
             with trio.fail_after(BOOTSTRAP_TIMEOUT):
                 found = await self._open(url)
@@ -177,7 +174,7 @@ class DohClient:
             log.debug("DoH server is ready", url=url)
         except trio.TooSlowError:
             log.debug("DoH server is not reachable", url=url, error=f"no answer within {BOOTSTRAP_TIMEOUT:g} s")
-        except (DnsFailed, OSError, ValueError, httpcore.NetworkError, httpcore.TimeoutException) as error:
+        except (DnsFailed, OSError, ValueError) as error:
             log.debug("DoH server is not reachable", url=url, error=_one_line(error))
         if generation != self._generation:  # reset meanwhile: the next bootstrap is under way
             if found is not None:
@@ -189,69 +186,22 @@ class DohClient:
         if found is not None:
             self._ready[url] = found
 
-    async def _open(self, url: str) -> _Server:
+    async def _open(self, url: str) -> DohServer:
         host, port = _endpoint(url)
         addresses = await resolve_host(
             host, self._servers(), self._hosts, port=self._dns_port, marked=self._marked, sockets=self._sockets
         )
         if not addresses:
             raise DnsFailed(f"no addresses for {host}")
-        context = self._tls
-        if context is None:  # reads files
-            context = await trio.to_thread.run_sync(ssl.create_default_context)
-        context.set_alpn_protocols(["h2", "http/1.1"] if HAS_HTTP2 else ["http/1.1"])
-        plain = await connect_marked(addresses, port, self._marked, None)
-        first = await plain.start_tls(context, host)
-        return _Server(url, MarkedBackend(addresses, self._marked, first), context)
+        open_server = await trio.to_thread.run_sync(_server_opener)
+        return await open_server(url, host, port, addresses, self._marked, self._tls)
 
 
-class _Server:
-    """The connections to one server; as a context, it counts its users."""
+def _server_opener() -> Callable[..., Awaitable[DohServer]]:
+    """Imported in a thread when there is a DoH server: its HTTP library takes a while."""
+    from fz_core.driver.doh_server import open_server
 
-    def __init__(self, url: str, backend: MarkedBackend, tls: ssl.SSLContext) -> None:
-        self._url, self._backend = url, backend
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls, max_connections=MAX_CONNECTIONS, http2=HAS_HTTP2, network_backend=backend
-        )
-        self.users = 0
-        self.is_retired = False
-
-    def __enter__(self) -> None:
-        self.users += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.users -= 1
-
-    async def aclose(self) -> None:
-        """Close all connections; harmless when repeated."""
-        with trio.CancelScope(shield=True):
-            await self._backend.aclose()
-            await self._pool.aclose()
-
-    async def ask(self, query: Query) -> bytes:
-        """One query. A kept connection may have ended just now, so a second one is tried."""
-        try:
-            return await self._get(query)
-        except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
-            return await self._get(query)
-
-    async def _get(self, query: Query) -> bytes:
-        encoded = base64.urlsafe_b64encode(query.data).rstrip(b"=").decode()
-        headers = [("Host", urlsplit(self._url).netloc), ("Accept", CONTENT_TYPE.decode())]
-        async with self._pool.stream("GET", f"{self._url}?dns={encoded}", headers=headers) as response:
-            kind = next((v for name, v in response.headers if name.lower() == b"content-type"), b"nothing")
-            if response.status != 200:
-                raise DnsFailed(f"{self._url} answered with status {response.status}")
-            if kind != CONTENT_TYPE:
-                raise DnsFailed(f"{self._url} answered with content type {kind[:80]!r}")
-            body = bytearray()
-            async for part in response.aiter_stream():
-                body += part
-                if len(body) > MAX_MESSAGE:
-                    raise DnsFailed(f"{self._url} answered with more than {MAX_MESSAGE} bytes")
-        if not is_reply_to(query, bytes(body)):
-            raise DnsFailed(f"{self._url} answered another question")
-        return bytes(body)
+    return open_server
 
 
 def _endpoint(url: str) -> tuple[str, int]:

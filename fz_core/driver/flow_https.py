@@ -5,19 +5,19 @@ A bearer token goes with each request, so no address of another kind is ever con
 
 from __future__ import annotations
 
-import importlib.util
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-import httpcore
 import trio
 
 from fz_core.driver.dns_client import DnsFailed
-from fz_core.driver.marked_http import MarkedBackend
+
+if TYPE_CHECKING:
+    from fz_core.driver.marked_http import MarkedPool
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 HTTPS_PORT = 443
@@ -27,7 +27,6 @@ TIMEOUT = 30.0
 REQUEST_BUDGET = 120.0
 MAX_REPLY_BYTES = 64 * 1024
 MAX_HOSTS = 8
-HAS_HTTP2 = importlib.util.find_spec("h2") is not None
 
 
 class BadUrl(ValueError):
@@ -49,7 +48,7 @@ class HttpsClient:
         self, resolve: Resolve, *, marked: bool, tls: ssl.SSLContext | None = None, port: int = HTTPS_PORT
     ) -> None:
         self._resolve, self._marked, self._tls, self._port = resolve, marked, tls, port
-        self._pools: dict[str, httpcore.AsyncConnectionPool] = {}
+        self._pools: dict[str, MarkedPool] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -62,7 +61,7 @@ class HttpsClient:
             await self._stack.aclose()
 
     async def post(self, url: str, token: str, body: bytes) -> Reply:
-        """The final answer; redirects that may be followed are. BadUrl, OSError, TooSlowError or httpcore's errors."""
+        """The final answer; redirects that may be followed are. BadUrl, OSError or TooSlowError."""
         with trio.fail_after(REQUEST_BUDGET):
             for _ in range(MAX_REDIRECTS):
                 reply = await self._post(url, token, body)
@@ -84,9 +83,7 @@ class HttpsClient:
             ("Content-Length", str(len(body))),
         ]
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT)
-        async with pool.stream(
-            "POST", url, headers=headers, content=body, extensions={"timeout": timeouts}
-        ) as response:
+        async with pool.post(url, headers, body, timeouts) as response:
             found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
             size = 0
             async for part in response.aiter_stream():  # to the end, so that the connection can be used again
@@ -107,7 +104,7 @@ class HttpsClient:
             raise BadUrl("the upload URL has credentials in it")
         return parts
 
-    async def _pool(self, host: str) -> httpcore.AsyncConnectionPool:
+    async def _pool(self, host: str) -> MarkedPool:
         if host in self._pools:
             return self._pools[host]
         if len(self._pools) >= MAX_HOSTS:
@@ -120,14 +117,17 @@ class HttpsClient:
             raise OSError(f"no addresses for {host}")
         if self._tls is None:  # reads files
             self._tls = await trio.to_thread.run_sync(ssl.create_default_context)
-        pool = httpcore.AsyncConnectionPool(
-            ssl_context=self._tls,
-            max_connections=1,
-            http2=HAS_HTTP2,
-            network_backend=MarkedBackend(addresses, self._marked),
-        )
-        self._pools[host] = await self._stack.enter_async_context(pool)
+        marked_pool = await trio.to_thread.run_sync(_marked_pool)
+        pool = self._pools[host] = marked_pool(addresses, self._marked, self._tls, 1)
+        self._stack.push_async_callback(pool.aclose)
         return pool
+
+
+def _marked_pool() -> type[MarkedPool]:
+    """Imported in a thread when there is something to send: httpcore takes a while."""
+    from fz_core.driver.marked_http import MarkedPool
+
+    return MarkedPool
 
 
 def _join(url: str, location: str) -> str:

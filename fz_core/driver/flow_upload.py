@@ -15,12 +15,10 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 
-import httpcore
 import structlog
 import trio
 
@@ -158,8 +156,7 @@ class FlowUploader:
                 outcome, trouble = _judge(reply), f"status {reply.status}"
             except BadUrl as error:
                 reply, outcome, trouble = None, Outcome.KEPT, str(error)
-            except (OSError, trio.TooSlowError, httpcore.NetworkError, httpcore.ProtocolError,
-                    httpcore.TimeoutException) as error:  # fmt: skip
+            except (OSError, trio.TooSlowError) as error:
                 reply, outcome, trouble = None, Outcome.UNREACHABLE, _one_line(error)
             if outcome is not Outcome.SENT:
                 log.debug("Flow logs were not taken", reports=len(reports), reason=trouble)
@@ -193,6 +190,8 @@ def _judge(reply: Reply) -> Outcome:
 
 
 def _seconds_until(date: str, unix_now: float) -> float:
+    from email.utils import parsedate_to_datetime  # takes long to import, and is rarely needed
+
     at = parsedate_to_datetime(date)
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - datetime.fromtimestamp(unix_now, UTC).timestamp()
 
@@ -206,6 +205,4 @@ def _delete(reports: Sequence[Report]) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, httpcore.LocalProtocolError):
-        return "the request could not be written"  # the error might quote our headers
     return " ".join(str(error).split()) or type(error).__name__

@@ -2,14 +2,17 @@
 
 `httpx` and `httpcore` set socket options only once a connection stands, which is too late for a mark, and
 they ask the host's resolver. Here, addresses are given, and sockets are marked before they are connected.
+
+httpcore takes long to import, so this module is imported when the first HTTPS server is contacted.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import select
 import ssl
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import httpcore
@@ -20,6 +23,35 @@ from fz_core.linux import MARK
 
 Socket = trio.SocketStream
 Options = Iterable[Any] | None
+HAS_HTTP2 = importlib.util.find_spec("h2") is not None
+
+
+class HttpFailed(OSError):
+    """A connection ended, or what came over it was not HTTP."""
+
+
+class MarkedPool:
+    """Up to `size` connections to one server. Its errors are OSErrors."""
+
+    def __init__(self, addresses: Sequence[str], marked: bool, tls: ssl.SSLContext, size: int) -> None:
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=tls, max_connections=size, http2=HAS_HTTP2, network_backend=MarkedBackend(addresses, marked)
+        )
+
+    @asynccontextmanager
+    async def post(
+        self, url: str, headers: list[tuple[str, str]], body: bytes, timeouts: dict[str, float]
+    ) -> AsyncIterator[httpcore.Response]:
+        """The answer, whose body is read within the context."""
+        with as_os_errors():
+            async with self._pool.stream(
+                "POST", url, headers=headers, content=body, extensions={"timeout": timeouts}
+            ) as response:
+                yield response
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._pool.aclose()
 
 
 class MarkedBackend(httpcore.AsyncNetworkBackend):
@@ -105,6 +137,17 @@ async def connect_marked(addresses: Sequence[str], port: int, marked: bool, time
     """Try all addresses at once. httpcore.ConnectError if none answers."""
     with _errors(httpcore.ConnectError, httpcore.ConnectTimeout, timeout):
         return MarkedStream(await dial(addresses, port, MARK if marked else None))
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """httpcore's errors as `HttpFailed`, whose users need not import httpcore."""
+    try:
+        yield
+    except httpcore.LocalProtocolError:
+        raise HttpFailed("the request could not be written") from None  # the error might quote our headers
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+        raise HttpFailed(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 @contextmanager
