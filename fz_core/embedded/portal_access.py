@@ -190,7 +190,8 @@ class Access:
             if (grant.client_id, grant.resource_id) == (pending.client.peer_id, pending.resource_id):
                 self.watch(grant)
         log.info(
-            "Authorized client=%s resource=%s gateway=%s", pending.client.name, pending.resource_id, gateway.name
+            "Authorized client=%s resource=%s gateway=%s iceless=%s",
+            pending.client.name, pending.resource_id, gateway.name, pending.order.use_iceless,
         )  # fmt: skip
         return True
 

@@ -109,7 +109,7 @@ class DevicePools:
         inbound = to_client.PoolGrant(rule.id, rule.filters)
         hub.send(target, _introduce(client, psk, theirs, mine, False, iceless, inbound, expires_at, tokens[1]))
         hub.send(client, _introduce(target, psk, mine, theirs, True, iceless, None, None, tokens[0]))
-        log.info("Authorized client=%s resource=%s device=%s", client.name, rule.id, target.name)
+        log.info("Authorized client=%s resource=%s device=%s iceless=%s", client.name, rule.id, target.name, iceless)
 
     def _forward(self, session: Session, client_id: str, message: Any) -> bool:
         """Candidates pass between clients that were introduced; others are dropped."""

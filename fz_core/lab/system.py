@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import signal
 import sys
@@ -385,6 +386,11 @@ class System:
             if "PathInUse" in line:
                 return "relayed" if "relayed=True" in line else "direct"
         return "unknown"
+
+    def modes(self) -> set[bool]:
+        """Which connections the portal ordered: without ICE or with it."""
+        ordered = re.findall(r"Authorized .* iceless=(True|False)", self.portal.output)
+        return {mode == "True" for mode in ordered}
 
     def relay_bytes(self) -> list[int]:
         """What each relay's machine has sent so far, the dead ones' too: tells which of them carries the data."""

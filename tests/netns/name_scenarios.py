@@ -18,7 +18,7 @@ from fz_core.lab.names import dig, start_names
 from fz_core.lab.policy import INTERNET, ResourceSpec, dns, dynamic_pool, static_pool
 from fz_core.lab.servers import start_echo, start_iperf, start_web
 from fz_core.lab.system import Fetch, Programs, Shape, System
-from tests.netns.scenarios import Scenario, complain, ours_took
+from tests.netns.scenarios import Scenario, complain, find_path, ours_took
 
 ZONE = [
     "wiki 60 A 10.20.0.80", "wiki 60 AAAA fd20::80", "wiki 60 TXT hello",
@@ -121,6 +121,7 @@ def names(shape: Shape, path: str, *, block: bool = False) -> Scenario:
             first = eventually("the first page", lambda: load(system, "wiki"))
             for name, family in (("wiki", 4), ("wiki", 6), ("four", 4), ("six", 6), ("alias", 4), ("alias", 6)):
                 load(system, name, family=family)
+            find_path(system, path)
             result = load(system, "wiki", megabytes=MEGABYTES, timeout=60.0)
             ours_took(system, path)
             started_at = time.monotonic()
