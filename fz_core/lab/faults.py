@@ -32,15 +32,29 @@ from fz_core.lab.system import Programs
 
 RUNS: dict[str, Run] = {**PATHS, **PROGRAMS, **LINKS}
 NOTHING = 0.1  # what counts as no outage: the pace of probes and a busy machine
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Seconds: what the official programs were measured to do, ours at most, and the bound for any mix."""
+    """Seconds: what the official programs were measured to do, ours at most, and with one official end at most.
+
+    What takes longer without ICE has a bound of its own; docs/fault-lab.md has the arithmetic of every `mixed` bound.
+    """
 
     official: str = ""
     ours: float | None = None
-    any_mix: float = 60.0
+    mixed: float = 60.0
+    mixed_iceless: float | None = None
+
+    def bound(self, programs: Programs, *, iceless: bool) -> float:
+        """The most these programs may take; whatever the lab waits for with two official ones."""
+        officials = (programs.gateway != Programs().gateway) + (programs.client != Programs().client)
+        if officials == 2:
+            return float("inf")
+        if officials == 0:
+            return 60.0 if self.ours is None else self.ours
+        return self.mixed if self.mixed_iceless is None or not iceless else self.mixed_iceless
 
 
 GOALS: dict[str, Goal] = {
@@ -75,14 +89,15 @@ def goal_of(name: str) -> Goal:
     return GOALS.get(name, Goal())
 
 
-def as_scenario(name: str) -> Callable[[Programs], str]:
+def as_scenario(name: str, settings: Settings = DEFAULTS) -> Callable[[Programs], str]:
     """For matrices of mixes: a note with the figure, LabError if it does not recover or not within the bound."""
 
     def scenario(programs: Programs) -> str:
-        outcome = RUNS[name](programs, Settings())
-        if outcome.seconds > goal_of(name).any_mix:
-            raise LabError(f"{outcome.seconds:.2f} s are more than {goal_of(name).any_mix:.0f} s")
-        return "; ".join(filter(None, (f"{outcome.seconds:.2f} s", outcome.note)))
+        outcome = RUNS[name](programs, settings)
+        bound = goal_of(name).bound(programs, iceless=programs.iceless or settings.iceless)
+        if outcome.seconds > bound:
+            raise LabError(f"{outcome.seconds:.2f} s are more than {bound:.1f} s")
+        return "; ".join(filter(None, (f"{_seconds(outcome.seconds)} s", outcome.note)))
 
     return scenario
 

@@ -1,100 +1,71 @@
-"""Whole systems with the official programs at either end, in every mix.
+"""Whole systems with the official programs at either end, in every mix, with ICE and without, and with faults.
 
-    python -m tests.interop --peers FOLDER
+    python -m tests.interop --peers FOLDER [--only TEXT] [--mode ice|iceless|both] [--no-faults] [--hurry X]
 
 FOLDER holds `firezone-gateway`, `firezone-headless-client` and `firezone-relay`, or folders with those, one per
 version. A folder with the client alone is tried with our gateway, as clients before 1.4 are. Everything runs on
-our embedded portal. Prints a matrix and writes it to docs/compatibility.md.
+our embedded portal. Prints a matrix and brings docs/compatibility.md up to date; what was not run stays there, so
+that the work may be split between processes: `--no-faults` here, `--no-ordinary --only ...` there.
 Exit status: 0 if every scenario passed or is a known limit, 1 otherwise, 2 usage error.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import subprocess
+import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fz_core.lab import LabError
+from fz_core.lab.faults import FAULTS, as_scenario
+from fz_core.lab.faults_bench import Settings
 from fz_core.lab.system import Programs
-from tests.netns.name_scenarios import NAME_SCENARIOS
-from tests.netns.path_mtu_scenarios import MTU_SCENARIOS
-from tests.netns.scenarios import SCENARIOS as PATH_SCENARIOS
+from tests.interop.matrix import Section, merge
+from tests.interop.mixes import CONTROL, NAMES, ORDINARY, WITHOUT_ICE, Release, applies, decides, mixes, releases
 
-ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = {**PATH_SCENARIOS, **MTU_SCENARIOS, **NAME_SCENARIOS}
-STRICT_GATEWAY = (1, 6, 0)  # older ones let the internet resource into their own network
-BEYOND_OLD_CLIENTS = {
-    # they know one resource per name, ask the portal for every name, resolve SRV themselves, have no such option
-    "overlapping resources", "names without the portal", "one source port for three names",
-    "SRV, TXT, PTR, DNS over TCP", "internet resource", "device pools",
-}  # fmt: skip
-POOL_CLIENT = (1, 5, 9)  # older clients are not told of device pools (spec/portal-protocol.md §8.9)
-NAMES = ("firezone-gateway", "firezone-headless-client", "firezone-relay")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 
 
 @dataclass(frozen=True)
-class Release:
-    """One set of official programs; `gateway` is None where there is only a client."""
+class Part:
+    """What becomes one section: a release or our own programs, ordinary scenarios or faults, with ICE or without."""
 
-    folder: Path
-    gateway: str | None
-    client: str
-
-    @classmethod
-    def of(cls, folder: Path) -> Release:
-        gateway = folder / NAMES[0]
-        return cls(folder, version(gateway) if gateway.exists() else None, version(folder / NAMES[1]))
-
-    def program(self, name: str) -> tuple[str, ...]:
-        return (str(self.folder / name),)
+    release: Release | None
+    has_faults: bool
+    iceless: bool
 
     @property
     def title(self) -> str:
-        return f"client {self.client}" if self.gateway is None else f"gateway {self.gateway}, client {self.client}"
+        whose = "Control: our programs only" if self.release is None else f"Official programs: {self.release.title}"
+        return whose + ", faults" * self.has_faults + ", without ICE" * self.iceless
+
+    @property
+    def table(self) -> dict[str, Programs]:
+        return CONTROL if self.release is None else mixes(self.release)
+
+    @property
+    def names(self) -> list[str]:
+        if self.has_faults:
+            return list(FAULTS)
+        return [name for name in ORDINARY if not self.iceless or name in WITHOUT_ICE]
+
+    def cells(self, only: list[str] | None) -> Iterator[tuple[str, str]]:
+        for mix in self.table:
+            for name in self.names:
+                wanted = only is None or any(text in f"{self.title}/{mix}/{name}" for text in only)
+                if wanted and applies(mix, name, self.release, self.iceless):
+                    yield mix, name
 
 
-def version(program: Path) -> str:
-    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"^(?:Error: )?firezone-[a-z-]+ (\d+\.\d+\.\d+)", result.stdout + result.stderr, re.MULTILINE)
-    if found is None:  # clients before 1.4 tell their version as an error
-        raise LabError(f"{program} --version failed: {result.stderr.strip() or result.returncode}")
-    return found[1]
-
-
-def mixes(release: Release) -> dict[str, Programs]:
-    gateway, client, relay = (release.program(name) for name in NAMES)
-    if release.gateway is None:
-        return {"their client, our gateway": Programs(client=client, old_clients=True)}
-    return {
-        "our client, their gateway": Programs(gateway=gateway),
-        "their client, our gateway": Programs(client=client),
-        "their client and gateway": Programs(gateway=gateway, client=client),
-        "our client, their peer": Programs(peer=client),
-        "their client, our peer": Programs(client=client, peer=Programs().client),
-        "their relay": Programs(relay=relay),
-        "our client, their gateway and relay": Programs(gateway=gateway, relay=relay),
-        "their client and relay, our gateway": Programs(client=client, relay=relay),
-        "all theirs but the portal": Programs(gateway=gateway, client=client, relay=relay),
-    }
-
-
-def releases(folder: Path) -> list[Release]:
-    folders = [folder, *sorted((p for p in folder.iterdir() if p.is_dir()), reverse=True)]
-    found = [[name for name in NAMES if os.access(f / name, os.X_OK)] for f in folders]
-    whole = (list(NAMES), [NAMES[1]])
-    return [Release.of(f) for f, names in zip(folders, found, strict=True) if names in whole]
-
-
-def attempt(name: str, programs: Programs) -> tuple[bool, str]:
+def attempt(name: str, programs: Programs, settings: Settings) -> tuple[bool, str]:
+    """Whether it passed, and a note."""
     started_at = time.monotonic()
     try:
-        note = SCENARIOS[name](programs)
+        note = as_scenario(name, settings)(programs) if name in FAULTS else ORDINARY[name](programs)
     except LabError as error:
         return False, str(error).splitlines()[0]
     except Exception as error:  # a bug of ours; the others still run
@@ -103,94 +74,54 @@ def attempt(name: str, programs: Programs) -> tuple[bool, str]:
     return True, note or f"{time.monotonic() - started_at:.0f} s"
 
 
-def applies(mix: str, name: str, release: Release | None) -> bool:
-    """Some mixes have a point in some scenarios only, and old clients know no device pools.
-
-    A peer is the other end of a device pool, and whose relay carries a name makes no difference beyond one scenario.
-    Nothing large passes a narrow path between two official programs.
-    """
-    if name in MTU_SCENARIOS and (mix == "their client and gateway" or "relay" in mix or mix.startswith("all")):
-        return False
-    if "peer" in mix and name != "device pools":
-        return False
-    if ("relay" in mix or mix.startswith("all")) and name in NAME_SCENARIOS and name != "names, relayed":
-        return False
-    if release is None:
-        return True
-    if release.gateway is None:
-        return name not in BEYOND_OLD_CLIENTS
-    if name == "device pools" and numbers(release.client) < POOL_CLIENT:
-        return "their client" not in mix
-    if name == "internet resource" and numbers(release.gateway) < STRICT_GATEWAY:
-        return "gateway" not in mix or "our gateway" in mix
-    return True
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
-
-
-def run(
-    title: str, table: dict[str, Programs], only: str | None, release: Release | None = None
-) -> dict[tuple[str, str], tuple[bool, str]]:
-    results = {}
-    for mix, programs in table.items():
-        for name in SCENARIOS:
-            if not applies(mix, name, release) or (only is not None and only not in f"{mix}/{name}"):
-                continue
-            results[mix, name] = passed, note = attempt(name, programs)
-            print(f"{'pass' if passed else 'FAIL'}  {title} | {mix} | {name}: {note}", flush=True)
-    return results
-
-
-def matrix(title: str, table: dict[str, Programs], results: dict[tuple[str, str], tuple[bool, str]]) -> str:
-    columns = [mix for mix in table if any(m == mix for m, _ in results)]
-    lines = [f"## {title}", "", "| Scenario | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    failures = []
-    for name in SCENARIOS:
-        cells = []
-        for mix in columns:
-            passed, note = results.get((mix, name), (True, "not run"))
-            cells.append("yes" if passed and note != "not run" else "-" if passed else "no")
-            if not passed:
-                failures.append(f"- {mix}, {name}: {note}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *failures]).rstrip() + "\n"
+def run(part: Part, only: list[str] | None, settings: Settings) -> tuple[Section, int]:
+    """The section, and how many failures are ours."""
+    section, failed = Section(part.title), 0
+    for mix, name in part.cells(only):
+        own = settings
+        if settings.logs is not None:
+            own = replace(settings, logs=settings.logs / f"{part.title}.{mix}.{name}".replace("/", "-"))
+        passed, note = attempt(name, replace(part.table[mix], iceless=part.iceless), own)
+        figure = note.partition(";")[0] if part.has_faults else "yes"
+        section.record(mix, name, figure if passed else "no", None if passed else note)
+        is_ours = not passed and decides(mix, name)
+        failed += is_ours
+        word = "pass" if passed else "FAIL" if is_ours else "no  "
+        print(f"{word}  {part.title} | {mix} | {name}: {note}", flush=True)
+    return section, failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="interop", description=__doc__.splitlines()[0])
     parser.add_argument("--peers", type=Path, help="folder with the official programs, or with one folder per version")
-    parser.add_argument("--only", help="run only mixes and scenarios whose 'mix/scenario' contains this text")
+    parser.add_argument("--only", action="append", help="only where 'section/mix/scenario' contains this; repeatable")
+    parser.add_argument("--mode", choices=("ice", "iceless", "both"), default="both", help="with ICE, without, or both")
+    parser.add_argument("--faults", action=argparse.BooleanOptionalAction, default=True, help="the fault scenarios")
+    parser.add_argument("--ordinary", action=argparse.BooleanOptionalAction, default=True, help="all others")
+    parser.add_argument("--hurry", type=float, default=1.0, help="divide the long waits of faults by this")
+    parser.add_argument("--logs", type=Path, help="keep every program's output of faults in this folder")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to bring up to date (docs/compatibility.md)")
     options = parser.parse_args()
     if options.peers is None or not options.peers.is_dir() or not (found := releases(options.peers)):
         print(f"interop: needs PEERS=<folder> with executable {', '.join(NAMES)}", file=sys.stderr)
         return 2
-    sections = []
-    control = {"our programs": Programs()}
-    everything = run("control", control, options.only)
-    sections.append(matrix("Control: our programs only", control, everything))
-    for release in found:
-        table = mixes(release)
-        results = run(release.title, table, options.only, release)
-        sections.append(matrix(f"Official programs: {release.title}", table, results))
-        everything |= {(f"{release.title}: {mix}", name): result for (mix, name), result in results.items()}
-    if options.only is None:
-        write(sections)
-    failed = sum(not passed for passed, _ in everything.values())
-    print(f"{len(everything) - failed} passed, {failed} failed")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the lab is taken down
+    settings = Settings(hurry=options.hurry, logs=options.logs)
+    parts = [Part(release, f, i) for release in (None, *found) for f in (False, True) for i in (False, True)]
+    order = {part.title: (part.names, part.table) for part in parts}
+    failed = count = 0
+    for part in parts:
+        if (part.iceless and options.mode == "ice") or (not part.iceless and options.mode == "iceless"):
+            continue
+        if not (options.faults if part.has_faults else options.ordinary):
+            continue
+        section, ours = run(part, options.only, settings)
+        failed, count = failed + ours, count + len(section.cells)
+        if section.cells:
+            print(section.text(*order[part.title]), flush=True)
+            merge(options.page, [section], order)
+    print(f"{count - failed} passed or known, {failed} failed")
     return 1 if failed else 0
-
-
-def write(sections: list[str]) -> None:
-    path = ROOT / "docs" / "compatibility.md"
-    notes = path.read_text().partition("<!-- notes -->")[2] if path.exists() else ""
-    head = (
-        "# Compatibility\n\nWhat was tried with which official programs, on our embedded portal, by "
-        "`make interop PEERS=<folder>`.\nEach scenario is described in `tests/netns/scenarios.py` or "
-        "`tests/netns/name_scenarios.py`; `-` means that it has no point in this mix.\n"
-    )
-    path.write_text("\n".join([head, *sections]) + (f"\n<!-- notes -->{notes}" if notes else ""))
 
 
 if __name__ == "__main__":
