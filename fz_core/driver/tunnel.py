@@ -439,7 +439,7 @@ def log_event(event: TunnelEvent) -> None:
         log.debug("DNS records changed", names=[record.name for record in event.records])
     else:
         level = log.debug if isinstance(event, DnsDecision) else log.info
-        level(type(event).__name__, **{name: getattr(event, name) for name in event.__slots__})
+        level(type(event).__name__, **{name: getattr(event, name) for name in event.__match_args__})
 
 
 def _login(config: TunnelConfig) -> Login:

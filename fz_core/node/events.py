@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fz_core.packet.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CandidateAdded:
     """Signal this candidate line to the peer."""
 
@@ -13,7 +13,7 @@ class CandidateAdded:
     candidate: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CandidateRemoved:
     """Withdraw a relayed candidate from the peer."""
 
@@ -21,14 +21,14 @@ class CandidateRemoved:
     candidate: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConnectionEstablished:
     """A path is chosen and a WireGuard handshake was processed; sent once per connection."""
 
     peer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PathChanged:
     """Data now travels between these sockets, through our relay if `relayed`."""
 
@@ -38,7 +38,7 @@ class PathChanged:
     relayed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConnectionFailed:
     """The connection is gone; `reason` is for people."""
 
@@ -46,28 +46,28 @@ class ConnectionFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConnectionClosed:
     """The connection was closed by us."""
 
     peer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PeerSilent:
     """No path to the peer gives answers just now; the network under us may have changed."""
 
     peer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PeerLost:
     """No answers, or no path yet: the peer may have started anew, or know nothing of us. Repeated while it lasts."""
 
     peer_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RelaysExhausted:
     """The last relay is gone; the portal must be asked for others."""
 

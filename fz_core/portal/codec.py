@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from fz_core.packet.frozen import frozen
 
 Reader = Callable[[Any], Any]
 Writer = Callable[[Any], Any]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ParseFailure:
     """A message that was dropped, and why."""
 

@@ -11,7 +11,7 @@ import binascii
 import json
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
     IPv4Network,
@@ -23,6 +23,7 @@ from ipaddress import (
 from typing import Any
 
 from fz_core.packet import Address
+from fz_core.packet.frozen import field, frozen
 
 Ip = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -30,7 +31,7 @@ Json = Any
 KEY_SIZE = 32
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class IceCredentials:
     """`username` is the ufrag."""
 
@@ -38,7 +39,7 @@ class IceCredentials:
     password: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Filter:
     """Traffic a resource allows: `protocol` is tcp, udp or icmp; ports are inclusive."""
 
@@ -47,7 +48,7 @@ class Filter:
     port_range_end: int = 65535
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Site:
     """A group of gateways; equal ids mean the same site."""
 
@@ -89,7 +90,7 @@ class InternetResource:
     sites: tuple[Site, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class PoolDevice:
     """A member of a static pool."""
 
@@ -120,7 +121,7 @@ class DynamicDevicePool:
 Resource = DnsResource | CidrResource | InternetResource | StaticDevicePool | DynamicDevicePool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Relay:
     """One address of a TURN server. A dual-stack one is two neighbours with equal id."""
 
@@ -131,7 +132,7 @@ class Relay:
     expires_at: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RelayEntry:
     """A TURN server with its addresses of both families."""
 
@@ -142,7 +143,7 @@ class RelayEntry:
     password: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Authorization:
     """A grant that still holds; `expires_at` in unix seconds."""
 
@@ -151,7 +152,7 @@ class Authorization:
     expires_at: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ProxiedName:
     """A name of a DNS resource, and the addresses a client before 1.4 uses in its place."""
 
@@ -159,7 +160,7 @@ class ProxiedName:
     proxy_ips: tuple[Ip, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FlowLogs:
     """Where flow logs go; an interval of 0 means nowhere."""
 
@@ -171,7 +172,7 @@ class FlowLogs:
 NO_FLOW_LOGS = FlowLogs()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Interface:
     """A client's tunnel addresses and DNS."""
 
@@ -182,7 +183,7 @@ class Interface:
     search_domain: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GatewayInterface:
     """A gateway's tunnel addresses."""
 
