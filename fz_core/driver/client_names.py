@@ -18,7 +18,7 @@ from fz_core.driver.dns_client import DnsClient, DnsFailed, DnsTimeout
 from fz_core.driver.doh import DohClient
 from fz_core.linux import DnsControl, FileWatch, SocketFactory
 from fz_core.packet import Address
-from fz_core.tunnel import ClientTunnel
+from fz_core.tunnel.client import ClientTunnel
 from fz_core.tunnel.events import ForwardQuery, TunConfigChanged
 
 LOCAL_TIMEOUT = 5.0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
+
+from fz_core.crypto import PrivateKey
 
 
 class Role(Enum):
@@ -48,3 +52,12 @@ class TunnelConfig:
     flow_log_dir: Path | None = None
     tun_name: str = "tun-firezone"
     listen_port: int = 52625
+
+
+class Start(NamedTuple):
+    """What a state machine is constructed from; `unix_epoch` is the Unix time at `now` zero."""
+
+    private_key: PrivateKey
+    now: float
+    unix_epoch: float
+    random_bytes: Callable[[int], bytes]

@@ -17,8 +17,8 @@ from fz_core.driver.dns_server import TunnelDnsServer
 from fz_core.driver.name_resolver import NameResolver, ResolveTimeout, TooBusy
 from fz_core.driver.nameservers import Nameservers, read_resolv_conf
 from fz_core.linux import SocketFactory
-from fz_core.tunnel import GatewayTunnel
 from fz_core.tunnel.events import ResolveName, TunConfigChanged
+from fz_core.tunnel.gateway import GatewayTunnel
 
 RESOLV_CONF = Path("/etc/resolv.conf")
 HOSTS = Path("/etc/hosts")
@@ -64,6 +64,12 @@ class GatewayNames:
     async def apply(self, device: str, config: TunConfigChanged) -> None:
         """Serve on the device's addresses. HostError if they cannot be bound."""
         await self._server.serve((config.ipv4.packed, config.ipv6.packed))
+
+    async def restore(self) -> None:
+        """Nothing of the host's was changed."""
+
+    def flush_caches(self) -> None:
+        """The host does not ask us."""
 
     def handle(self, event: Any) -> None:
         """Begin the look-up of a `ResolveName`; its end is submitted to the loop."""

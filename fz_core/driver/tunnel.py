@@ -15,18 +15,17 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
 from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
-from fz_core.driver.client_names import ClientNames
-from fz_core.driver.config import ConfigError, Role, TunnelConfig, TunnelFailed
+from fz_core.driver.config import ConfigError, Role, Start, TunnelConfig, TunnelFailed
 from fz_core.driver.flow_log import log_record
 from fz_core.driver.flow_spool import FlowSpool
 from fz_core.driver.flow_upload import FlowUploader
-from fz_core.driver.gateway_names import GatewayNames
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
 from fz_core.driver.roaming import FORGOTTEN_AFTER, RESETS, Change, RouteWatch, follow_routes
@@ -38,7 +37,6 @@ from fz_core.linux import (
     SocketFactory,
     TunDevice,
     UdpSocket,
-    make_dns_control,
     os_version,
     read_smbios,
 )
@@ -51,15 +49,12 @@ from fz_core.portal import (
     Login,
     MessageDropped,
     MessageReceived,
-    client_channel,
     external_id,
-    gateway_channel,
     user_agent,
 )
-from fz_core.portal import client as client_messages
-from fz_core.portal import gateway as gateway_messages
+from fz_core.portal.client import RelaysPresence
 from fz_core.portal.types import merge_relays
-from fz_core.tunnel import ClientTunnel, GatewayTunnel, PacketError, TunnelErrors
+from fz_core.tunnel import PacketError, TunnelErrors
 from fz_core.tunnel.events import (
     CheckPortal,
     DnsDecision,
@@ -75,6 +70,12 @@ from fz_core.tunnel.events import (
 )
 from fz_core.tunnel.flow_tracking import FlowTracking
 
+if TYPE_CHECKING:
+    from fz_core.driver.client_names import ClientNames
+    from fz_core.driver.client_side import ClientSide
+    from fz_core.driver.gateway_names import GatewayNames
+    from fz_core.driver.gateway_side import GatewaySide
+
 EVENT_QUEUE = 256
 COMPONENTS = {Role.CLIENT: "headless-client", Role.GATEWAY: "gateway"}
 RATE_LIMIT = 60.0
@@ -88,17 +89,12 @@ class Tunnel:
 
     def __init__(self, config: TunnelConfig) -> None:
         self._config = config
-        private_key = PrivateKey(secrets.token_bytes(32))
         spool, unix_epoch = config.flow_log_dir, clock.unix_epoch()
-        start = (private_key, clock.now(), unix_epoch, secrets.token_bytes)
+        start = Start(PrivateKey(secrets.token_bytes(32)), clock.now(), unix_epoch, secrets.token_bytes)
         flows = FlowTracking(config.role.value, unix_epoch, is_local=config.flow_logs, has_spool=spool is not None)
         self._spool = None if spool is None else FlowSpool(spool)
-        self._state: ClientTunnel | GatewayTunnel
-        if config.role is Role.CLIENT:
-            self._state = ClientTunnel(*start, flows=flows)
-            self._state.set_internet_resource(config.internet_resource, clock.now())
-        else:
-            self._state = GatewayTunnel(*start, mix_families=config.mix_families, flows=flows)
+        self._side = _side_of(config.role)(config, start, flows)
+        self._state = self._side.state
         self._login = _login(config)
         self._sockets = SocketFactory()
         self._watch = RouteWatch(self._sockets.routes, self._far_ends, self._own_ips)
@@ -171,30 +167,18 @@ class Tunnel:
             if self._is_stopping:
                 loop.stop()
             try:
-                self._names = await self._open_names(loop)
-                channel = (
-                    client_channel(secrets.token_bytes, self._config.max_partition_time)
-                    if self._config.role is Role.CLIENT
-                    else gateway_channel(secrets.token_bytes, self._config.max_partition_time)
-                )
+                self._names = await self._side.open_names(loop.submit, self._sockets)
                 self._link = PortalLink(
-                    self._login, channel, public_key=self._current_key, resolve=self._resolve_portal
+                    self._login, self._side.channel(), public_key=self._current_key, resolve=self._resolve_portal
                 )
                 await self._run_tasks(loop, self._link, interface, configs)
             finally:
                 self._loop = None
                 self._sender.close()
                 with trio.CancelScope(shield=True):
-                    if isinstance(self._names, ClientNames):
+                    if self._names is not None:
                         await self._names.restore()
                     await self._finish_flow_logs()
-
-    async def _open_names(self, loop: Loop) -> ClientNames | GatewayNames:
-        if isinstance(self._state, GatewayTunnel):
-            return GatewayNames(self._state, loop.submit, self._sockets, userspace=self._config.userspace_dns)
-        names = ClientNames(self._state, make_dns_control(self._config.dns_control), loop.submit, self._sockets)
-        await names.repair()
-        return names
 
     async def _run_tasks(
         self,
@@ -272,7 +256,7 @@ class Tunnel:
     def _reset(self, reason: str, now: float) -> None:
         """Within a turn of the loop, whose end sends the first datagrams by the new sockets."""
         self._is_resetting = False
-        if isinstance(self._state, GatewayTunnel):
+        if self._config.role is Role.GATEWAY:
             log.info("Network changed", reason=reason)
             self.is_joined = False  # by an address that is gone
             self._look_at_network(now)
@@ -283,7 +267,7 @@ class Tunnel:
         self._sockets.reset()
         self._watch.learn(now)
         self._loop.rebind(self._open_sockets)
-        self._state.reset(now)
+        self._side.reset(now)
         if self._names is not None:
             self._names.reset()
         if self._link is not None:
@@ -292,7 +276,7 @@ class Tunnel:
     def _look_at_network(self, now: float) -> None:
         """Nothing needs to start over, but what was out of reach may not be any more, and the reverse."""
         self._state.handle_network_changed(now)
-        if isinstance(self._names, GatewayNames):
+        if self._config.role is Role.GATEWAY and self._names is not None:
             self._names.reset()
         if self._link is not None:
             if self.is_joined:
@@ -332,16 +316,15 @@ class Tunnel:
 
     def _note_relays(self, message: object) -> None:
         """Their addresses, for the watch over routes."""
-        match message:
-            case client_messages.Init() | gateway_messages.Init():
-                self._relays.clear()
-                relays = message.relays
-            case client_messages.RelaysPresence():
-                for relay_id in message.disconnected_ids:
-                    self._relays.pop(relay_id, None)
-                relays = message.connected
-            case _:
-                return
+        if isinstance(message, self._side.init):
+            self._relays.clear()
+            relays = message.relays
+        elif isinstance(message, RelaysPresence):
+            for relay_id in message.disconnected_ids:
+                self._relays.pop(relay_id, None)
+            relays = message.connected
+        else:
+            return
         for relay in merge_relays(relays):
             self._relays[relay.id] = tuple(a.ip for a in (relay.v4, relay.v6) if a is not None)
         self._watch.note_targets()
@@ -379,7 +362,7 @@ class Tunnel:
                 case TunConfigChanged():
                     self._tun_ips = (event.ipv4.packed, event.ipv6.packed)
                     self._configs.send_nowait(event)
-                case ResourcesChanged() if isinstance(self._names, ClientNames):
+                case ResourcesChanged() if self._names is not None:
                     self._names.flush_caches()
             log_event(event)
             self._tell(event)
@@ -426,6 +409,17 @@ class Tunnel:
         if clock.now() - self._drops_told_at >= DROPS_INTERVAL:
             self._drops_told_at = clock.now()
             self._tell(PacketsDropped(tuple(sorted(self.drops.items()))))
+
+
+def _side_of(role: Role) -> type[ClientSide | GatewaySide]:
+    """Neither end takes the time to import the other's code."""
+    if role is Role.CLIENT:
+        from fz_core.driver.client_side import ClientSide
+
+        return ClientSide
+    from fz_core.driver.gateway_side import GatewaySide
+
+    return GatewaySide
 
 
 def log_event(event: TunnelEvent) -> None:
