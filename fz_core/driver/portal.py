@@ -127,14 +127,16 @@ class PortalLink:
 
     async def _open(self, nursery: trio.Nursery) -> tuple[StrictStream, WebSocketConnection]:
         host, port, is_tls = self._login.endpoint()
-        addresses = list(dict.fromkeys(await self._resolve(host)))
-        if not addresses:
-            raise ConnectionLost(f"no addresses for {host}")
-        plain = await dial(addresses, port, self._mark)
-        nursery.start_soon(close_at_end, plain)
+        context = self._tls
+        async with trio.open_nursery() as meanwhile:
+            if is_tls and context is None:
+                roots: list[ssl.SSLContext] = []
+                meanwhile.start_soon(load_roots, roots)
+            plain = await self._dial(host, port)
+            nursery.start_soon(close_at_end, plain)
         stream: trio.abc.Stream = plain
         if is_tls:
-            context = self._tls or ssl.create_default_context()
+            context = context or roots[0]
             encrypted = trio.SSLStream(plain, context, server_hostname=host, https_compatible=True)
             await encrypted.do_handshake()
             stream = encrypted
@@ -149,6 +151,12 @@ class PortalLink:
             max_message_size=MAX_MESSAGE_BYTES,
         )
         return strict, websocket
+
+    async def _dial(self, host: str, port: int) -> trio.SocketStream:
+        addresses = list(dict.fromkeys(await self._resolve(host)))
+        if not addresses:
+            raise ConnectionLost(f"no addresses for {host}")
+        return await dial(addresses, port, self._mark)
 
     async def _talk(self, websocket: WebSocketConnection) -> None:
         """Exchange texts until either end is done."""
@@ -273,6 +281,11 @@ async def resolve_host(host: str) -> Sequence[str]:
         log.debug("Cannot resolve host=%s error=%s", host, error)
         return ()
     return [str(entry[4][0]) for entry in found]
+
+
+async def load_roots(found: list[ssl.SSLContext]) -> None:
+    """The system's certificates, which take 30 ms to read, in a thread."""
+    found.append(await trio.to_thread.run_sync(ssl.create_default_context))
 
 
 async def dial(addresses: Sequence[str], port: int, mark: int | None) -> trio.SocketStream:

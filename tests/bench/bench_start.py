@@ -28,7 +28,7 @@ IMPORTS = {
     "gateway": "import fz_gateway.__main__, fz_core.driver.gateway_side",
 }
 MODULES = {"client": "fz_headless", "gateway": "fz_gateway"}
-STEADY = 2.0  # seconds of a tunnel's life before it is restarted
+STEADY = 4.0  # seconds of a tunnel's life before it is restarted
 
 
 def python(runs: int, *arguments: str) -> dict[str, float]:

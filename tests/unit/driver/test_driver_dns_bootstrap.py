@@ -70,6 +70,21 @@ class TestResolveHost:
         assert await resolve(peers, no_hosts) == ()
         assert trio.current_time() - started == pytest.approx(4.0, abs=0.2)
 
+    @pytest.mark.parametrize(("other", "seconds"), [(GOOD, 0.1), (lame, 2.0), (NO_NAMES, 2.0)])
+    async def test_a_dead_server_is_waited_for_only_if_no_other_knows_the_name(
+        self,
+        nursery: trio.Nursery,
+        no_hosts: Path,
+        autojump_clock: trio.testing.MockClock,
+        other: Behaviour,
+        seconds: float,
+    ) -> None:
+        autojump_clock.autojump_threshold = 0.05
+        peers = start(nursery, lambda asked: None if asked.transport == "udp" else GOOD(asked), other)
+        started = trio.current_time()
+        assert await resolve(peers, no_hosts) == ADDRESSES
+        assert trio.current_time() - started == pytest.approx(seconds, abs=0.15)
+
     async def test_ip_literals_ask_nobody(self, no_hosts: Path) -> None:
         assert await resolve_host("192.0.2.1", (), no_hosts) == ("192.0.2.1",)
         assert await resolve_host("[2001:db8::1]", (), no_hosts) == ("2001:db8::1",)
