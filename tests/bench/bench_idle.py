@@ -3,11 +3,11 @@
     python -m tests.bench.bench_idle [--seconds 60] [--settle 45] [--peers FOLDER] [--mode ice|iceless|both]
 
 Ten clients use one gateway; the first one also reaches the nine others, through a device pool. Each pair carries a
-ping, then nothing is sent for `settle` seconds, then gateway, first client, and one of the others, which has two peers,
-are watched for `seconds`. At the end the system calls of the first two are recorded for half as long: a wake-up is
-what comes between two waits, and one after which nothing was read from the network or device and nothing sent
-was for a timer alone. With --peers all clients and the gateway are the official ones of that folder, measured after
-ours. Needs root. JSON on stdout, progress on stderr.
+ping, then nothing is sent for `settle` seconds, then gateway, first client, and one of the others, which has two
+peers, are watched for `seconds`. At the end the system calls of the first two are recorded for half as long: what a
+thread did between two waits is a wake-up, and is counted as `received`, else `sent`, else `files` (it looked at one,
+or had another thread do so), else `nothing`, which is a timer that fired for nothing. With --peers all clients and
+the gateway are the official ones of that folder, measured after ours. Needs root. JSON on stdout, progress on stderr.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from fz_core.lab.system import PORTAL_PORT, Member, Programs, System
 CLIENTS = 10
 SERVER = "10.20.0.80"
 WAITS = ("epoll_wait", "epoll_pwait", "epoll_pwait2", "poll", "ppoll", "futex", "clock_nanosleep")
-READS = ("recvmmsg", "recvmsg", "recvfrom", "readv")
-WRITES = ("sendmsg", "sendmmsg", "sendto", "writev")
+LOOK = re.compile(r"epoll_p?wait.*, 0(?:, NULL, \d+)?\) += |FUTEX_WAKE")  # returns at once
+READS = ("recvmmsg", "recvmsg", "recvfrom", "readv", "read")
+WRITES = ("sendmsg", "sendmmsg", "sendto", "writev", "write")
+FILES = ("openat", "newfstatat", "statx", "clone3", "clone", "exit", "inotify_add_watch")
+LEAST = 9  # bytes: eight are a timer's or an event's count, one tells that a thread is ready
 CALL = re.compile(r"^(\d+) +(?:<\.\.\. (\w+) resumed>|(\w+)\()(.*)$")
 
 
@@ -112,7 +115,7 @@ def record(lab: Lab, members: dict[str, Member], seconds: float) -> dict[str, di
 
 
 def sort_wakeups(trace: str) -> Counter[str]:
-    """Count what happened between two waits of a thread: `received`, `sent` without that, or `neither`."""
+    """What threads did between two waits; what they did before the first is not known."""
     found: Counter[str] = Counter()
     did: dict[str, set[str]] = {}
     for line in trace.splitlines():
@@ -122,18 +125,27 @@ def sort_wakeups(trace: str) -> Counter[str]:
         thread, call, rest = match[1], match[2] or match[3], match[4]
         result = re.search(r"= (-?\d+)", rest.rpartition(")")[2])
         count = int(result[1]) if result else 0
-        if call in WAITS:
-            if match[2] is None and re.search(r", 0(, NULL, \d+)?\)? *(=|$)", rest):
-                continue  # only a look
-            done = did.pop(thread, None)
-            if done is not None and match[2] is None:
-                found["received" if "received" in done else "sent" if "sent" in done else "neither"] += 1
-            did.setdefault(thread, set())
-        elif (call in READS and count > 0) or (call == "read" and count > 8):
-            did.setdefault(thread, set()).add("received")
-        elif (call in WRITES and count > 0) or (call == "write" and count > 8):
-            did.setdefault(thread, set()).add("sent")
+        if call in WAITS and not LOOK.search(line):
+            if match[2] is None and thread in did:
+                done = did.pop(thread)
+                found[next((kind for kind in ("received", "sent", "files") if kind in done), "nothing")] += 1
+            if not re.search("<unfinished|<detached|EAGAIN", line):
+                did[thread] = set()
+        elif thread in did:
+            did[thread] |= kinds_of(call, rest, count)
     return found
+
+
+def kinds_of(call: str, rest: str, count: int) -> set[str]:
+    """What a system call shows about why its thread runs."""
+    if call in FILES or call == "futex":
+        return {"files"}
+    if call not in (*READS, *WRITES) or count <= 0:
+        return set()
+    is_message = call.endswith("msg")
+    if is_message or count >= LEAST:
+        return {"received" if call in READS else "sent"}
+    return {"files"} if count == 1 else set()
 
 
 def until_pinged(member: Member, target: str) -> None:
