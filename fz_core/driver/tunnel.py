@@ -62,6 +62,7 @@ from fz_core.tunnel.events import (
     FlowLogsConfigured,
     ForwardQuery,
     PacketsDropped,
+    ResetWanted,
     ResolveName,
     ResourcesChanged,
     SendToPortal,
@@ -351,6 +352,8 @@ class Tunnel:
                     if self._link is not None:
                         self._link.probe()
                     continue
+                case ResetWanted(reason):
+                    self.reset(reason)
                 case ForwardQuery() | ResolveName():
                     if self._names is not None:
                         self._names.handle(event)

@@ -139,7 +139,7 @@ class Hub:
             log.info("Replaced role=%s name=%s remote=%s by remote=%s", old.role, old.name, old.remote, session.remote)
             self._replace(old, session)
         self.sessions[session.id] = session
-        self.moves.note(session)
+        self.moves.note(session, was_cut=old is not None and old.public_key == session.public_key)
         if session.device is not None:
             self._by_device[session.peer_id] = session
 

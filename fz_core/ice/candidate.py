@@ -43,6 +43,7 @@ LOCAL_PREFERENCE = {
 }
 # What the official peers put into the text that withdraws a candidate: it was never ranked.
 UNRANKED_PREFERENCE = 65535
+RANK_ABOVE_ALL = 127 << 24
 
 
 def priority_of(kind: CandidateKind, local_preference: int) -> int:
@@ -114,6 +115,21 @@ class Candidate:
             # never the true base: the peer matches additions and withdrawals by this text
             related = UNSPECIFIED[len(self.address.ip)]
             text += f" raddr {related.host} rport {related.port}"
+        return text if ufrag is None else f"{text} ufrag {ufrag}"
+
+    def retold(self, generation: int, ufrag: str | None, *, above_all: bool = False) -> str:
+        """The same address as another candidate: server-reflexive, and told apart by the port of `raddr`.
+
+        Official peers keep what they know of a pair until its candidate is withdrawn, and recognise a candidate that
+        they have withdrawn before. `above_all` gives it a rank with which it replaces any other of the same address.
+        """
+        related = UNSPECIFIED[len(self.address.ip)]
+        priority = RANK_ABOVE_ALL + generation if above_all else self.priority
+        port = 2 * generation + above_all
+        text = (
+            f"candidate:{self.foundation} {COMPONENT} udp {priority} {self.address.host} {self.address.port} "
+            f"typ srflx raddr {related.host} rport {port}"
+        )
         return text if ufrag is None else f"{text} ufrag {ufrag}"
 
     def to_invalidation(self) -> str:

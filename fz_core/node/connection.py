@@ -16,6 +16,7 @@ from fz_core.crypto import PrivateKey
 from fz_core.ice import (
     Agent,
     Candidate,
+    CandidateKind,
     Credentials,
     IceState,
     Nominated,
@@ -53,9 +54,19 @@ UNANSWERED = 0.5
 # From a silent path to telling the peer, then again after ever longer gaps, and how long our end is taken back.
 STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
 TAKEN_BACK = 0.1
+MAX_RETELLINGS = 50
+# A peer whose answer to a handshake does not come within this, over a path that answers checks, will not let go.
+STUCK = 3.0
 # A connection in the making that has no path by then is worth asking the portal again, which tells the peer again.
 SLOW_FIRST = 2.5
 BUFFERED_DATAGRAMS = 128
+
+
+class Retelling(NamedTuple):
+    """Candidate lines for the peer."""
+
+    lines: tuple[str, ...]
+    is_withdrawal: bool
 
 
 class Outgoing(NamedTuple):
@@ -168,13 +179,17 @@ class Connection:
         self._signalled_at = now - SIGNAL_INTERVAL
         self.unheard_since: float | None = None  # the first data sent since the peer was last heard
         self.is_silenced = False
-        self.lasting_silence: Address | None = None
-        self.due_again: Address | None = None
+        self.has_lasting_silence = False
+        self.retellings = 0
+        self.is_retelling_due = False
+        self._retelling: deque[Retelling] = deque()
         self._silent: PathSilent | None = None
         self._silent_at = now
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
-        self._taken_back: tuple[float, Address] | None = None
+        self._retell_at: float | None = None
+        self.is_stuck = False
+        self._stuck_at: float | None = None
         self.is_slow = False
         self._slow_at: float | None = now + SLOW_FIRST if parameters.controlling else None
 
@@ -197,6 +212,34 @@ class Connection:
     def parse_untrusted(self, line: str) -> Candidate | None:
         """A candidate of the peer, or None if this is not one."""
         return Candidate.parse_untrusted(line)
+
+    def retell(self, now: float) -> None:
+        """Have the peer forget what it knows of our addresses, and learn them anew, in three messages.
+
+        A candidate that outranks all others of the address takes over their pairs and is withdrawn with them, even
+        where the peer has guessed or observed the address by itself.
+        """
+        if self.retellings >= MAX_RETELLINGS:
+            return
+        self.retellings += 1
+        n, ufrag = self.retellings, self.parameters.local.ufrag
+        by_address = {c.address: c for c in self.agent.local_candidates if c.kind is not CandidateKind.RELAY}
+        ours = tuple(by_address.values())
+        self._retelling = deque(
+            (
+                Retelling(tuple(c.retold(n, ufrag, above_all=True) for c in ours), is_withdrawal=False),
+                Retelling(tuple(c.retold(n, None, above_all=True) for c in ours), is_withdrawal=True),
+                Retelling(tuple(c.retold(n, ufrag) for c in ours), is_withdrawal=False),
+            )
+        )
+        self._retell_at, self.is_retelling_due = now + TAKEN_BACK, True
+
+    def take_retelling(self) -> Retelling | None:
+        """The next of these messages, once its time has come."""
+        if not self.is_retelling_due or not self._retelling:
+            return None
+        self.is_retelling_due = False
+        return self._retelling.popleft()
 
     def touch(self, now: float) -> None:
         """Note activity; an idle connection wakes up."""
@@ -252,15 +295,26 @@ class Connection:
                 and self.followed_at <= self._silent_at
                 and self.agent.is_silent(silent.local, silent.remote)
             ):
-                self.lasting_silence = silent.local
-                self._taken_back = (now + TAKEN_BACK, silent.local)
+                self.has_lasting_silence = True
+                self._ask_for_proof(now)
                 self._still_silent_at = now + self._silent_gap
                 self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
+        if self._stuck_at is not None and now >= self._stuck_at:
+            self._stuck_at = None
+            self.is_stuck = self.followed_at <= self._silent_at and self.agent.has_live_path
         if self._slow_at is not None and now >= self._slow_at:
             self.is_slow = self.path is None
             self._slow_at = now + SLOW_FIRST if self.is_slow else None
-        if self._taken_back is not None and now >= self._taken_back[0]:
-            self.due_again, self._taken_back = self._taken_back[1], None
+        if self._retell_at is not None and now >= self._retell_at:
+            self._retell_at = now + TAKEN_BACK if len(self._retelling) > 1 else None
+            self.is_retelling_due = True
+
+    def _ask_for_proof(self, now: float) -> None:
+        """The answer to a handshake takes the path that the peer believes in."""
+        if self.parameters.controlling and self.agent.has_live_path:
+            self.tunnel.start_handshake(now)
+            if self._stuck_at is None:
+                self._stuck_at = now + STUCK
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is next due."""
@@ -275,7 +329,8 @@ class Connection:
             None if self.unheard_since is None else self.unheard_since + UNANSWERED,
             self._still_silent_at,
             self._slow_at,
-            None if self._taken_back is None else self._taken_back[0],
+            self._stuck_at,
+            self._retell_at,
         ]
         self._deadline = min((d for d in due if d is not None), default=None)
         self.dirty = False
@@ -321,6 +376,8 @@ class Connection:
         while (happened := self.tunnel.poll_event()) is not None:
             if isinstance(happened, SessionEstablished):
                 self._handshaken = True
+                if self.parameters.controlling:
+                    self.heard_at = now  # our init arrived, and the answer came back
             elif isinstance(happened, Expired):
                 self.fail("the WireGuard handshake was not answered")
 

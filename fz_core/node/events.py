@@ -68,6 +68,13 @@ class PeerLost:
 
 
 @frozen
+class PeerStuck:
+    """There is a path that works, but the peer goes on to use one that does not; a new key would make it begin anew."""
+
+    peer_id: str
+
+
+@frozen
 class RelaysExhausted:
     """The last relay is gone; the portal must be asked for others."""
 
@@ -81,6 +88,7 @@ NodeEvent = (
     | ConnectionClosed
     | PeerSilent
     | PeerLost
+    | PeerStuck
     | RelaysExhausted
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from fz_core.ice import Candidate, iceless_text, parse_iceless_candidate_untrusted
-from fz_core.node.connection import Connection, Datagram, Outgoing, TunnelTiming
+from fz_core.node.connection import TAKEN_BACK, Connection, Datagram, Outgoing, Retelling, TunnelTiming
 from fz_core.node.path_agent import PathAgent
 from fz_core.node.path_probe import is_probe
 from fz_core.packet import Address, DropReason
@@ -49,6 +49,9 @@ class IcelessConnection(Connection):
         """Whether the path in use gives no answers."""
         return self.path is not None and not self.agent.has_live_path
 
+    def _ask_for_proof(self, now: float) -> None:
+        """Not needed: a peer looks for another path whenever a candidate is announced again."""
+
     def restart_ice(self, now: float) -> None:
         """The peer asked again and was not heard lately: measure all paths anew."""
         self.rebuild(self.agent.local_candidates, now)
@@ -71,6 +74,12 @@ class IcelessConnection(Connection):
     def parse_untrusted(self, line: str) -> Candidate | None:
         """A candidate of the peer, or None if this is not a usable one."""
         return parse_iceless_candidate_untrusted(line)
+
+    def retell(self, now: float) -> None:
+        """A peer forgets a candidate that is withdrawn, and looks for another path when one is announced."""
+        lines = tuple(iceless_text(c) for c in self.agent.local_candidates)
+        self._retelling = deque((Retelling(lines, is_withdrawal=True), Retelling(lines, is_withdrawal=False)))
+        self._retell_at, self.is_retelling_due = now + TAKEN_BACK, True
 
     # datagrams
 

@@ -28,6 +28,7 @@ from fz_core.node.events import (
     NoRelays,
     PathChanged,
     PeerLost,
+    PeerStuck,
 )
 from fz_core.node.iceless import IcelessConnection
 from fz_core.node.relaying import EAGERLY_BOUND, RelayingNode
@@ -439,15 +440,18 @@ class Node(RelayingNode):
         if connection.is_silenced:
             connection.is_silenced = False
             self._handle_silence(connection, now)
-        if connection.lasting_silence is not None:
-            base, connection.lasting_silence = connection.lasting_silence, None
-            self._handle_lasting_silence(connection, base, now)
+        if connection.has_lasting_silence:
+            connection.has_lasting_silence = False
+            self._handle_lasting_silence(connection, now)
+        if connection.is_stuck:
+            connection.is_stuck = False
+            self._events.append(PeerStuck(connection.peer_id))
         if connection.is_slow:
             connection.is_slow = False
             self._events.append(PeerLost(connection.peer_id))
-        if connection.due_again is not None:
-            base, connection.due_again = connection.due_again, None
-            self._announce_again(connection, base)
+        told = connection.take_retelling()
+        if told is not None:
+            self._retell(connection, told)
         if connection.is_ready and not connection.established:
             connection.established = True
             self._events.append(ConnectionEstablished(connection.peer_id))

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from fz_core.ice import Candidate, CandidateKind, is_usable
-from fz_core.node.connection import Connection, Outgoing
+from fz_core.node.connection import Connection, Outgoing, Retelling
 from fz_core.node.events import CandidateAdded, CandidateRemoved, NodeEvent, PeerLost, PeerSilent, RelaysExhausted
 from fz_core.node.lookup import Connections
 from fz_core.packet import Address, Transmit
@@ -179,6 +179,8 @@ class RelayingNode(ABC):
                 if candidate.kind is gone.kind and candidate.address == gone.address:
                     connection.agent.remove_local_candidate(candidate, now)
                     self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
+                    for n in range(1, connection.retellings + 1):
+                        self._events.append(CandidateRemoved(connection.peer_id, candidate.retold(n, None)))
                     self._settle(connection, now)
                     break
 
@@ -273,20 +275,17 @@ class RelayingNode(ABC):
         if spare is not None:
             self._use_relay(connection, spare, now)
 
-    def _handle_lasting_silence(self, connection: Connection, base: Address, now: float) -> None:
-        """The peer may hold on to the silent path: take our end of it back for a moment, so that it lets go."""
-        if not connection.agent.has_live_path:
-            self._handle_silence(connection, now)
-            self._events.append(PeerLost(connection.peer_id))
+    def _handle_lasting_silence(self, connection: Connection, now: float) -> None:
+        """If there is another path, the peer may hold on to the silent one: make it let go."""
+        if connection.agent.has_live_path:
+            connection.retell(now)
             return
-        for candidate in connection.agent.local_candidates:
-            if candidate.base == base:
-                self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
+        self._handle_silence(connection, now)
+        self._events.append(PeerLost(connection.peer_id))
 
-    def _announce_again(self, connection: Connection, base: Address) -> None:
-        for candidate in connection.agent.local_candidates:
-            if candidate.base == base:
-                self._signal(connection, candidate)
+    def _retell(self, connection: Connection, told: Retelling) -> None:
+        event = CandidateRemoved if told.is_withdrawal else CandidateAdded
+        self._events.extend(event(connection.peer_id, line) for line in told.lines)
 
 
 def _is_relayed(connection: Connection, local: Address) -> bool:

@@ -23,6 +23,7 @@ from fz_core.tunnel.client_dns import SiteAsker
 from fz_core.tunnel.events import (
     AccessEnded,
     AccessGranted,
+    ResetWanted,
     ResourceOffline,
     ResourcesChanged,
     SendToPortal,
@@ -40,6 +41,7 @@ from fz_core.tunnel.traffic import outbound
 from fz_core.tunnel.waiting import WaitingPackets
 
 MAX_RESUMED = 32
+RESET_INTERVAL = 60.0
 
 
 class PeerTunnel(TunnelRole):
@@ -66,6 +68,7 @@ class PeerTunnel(TunnelRole):
         self._waiting = WaitingPackets()
         self._early = EarlyCandidates()
         self._resume: list[AccessKey] = []
+        self._reset_wanted_at = now - RESET_INTERVAL
         self._views: Latest[ResourcesChanged] = Latest()
         self._interface: Interface | None = None
 
@@ -169,6 +172,11 @@ class PeerTunnel(TunnelRole):
         """No path answers: if the peer has started anew, the portal knows its new key."""
         for key in self._keys_of(peer_id)[:1]:
             self._request(key, now)
+
+    def _handle_peer_stuck(self, peer_id: str, now: float) -> None:
+        if now - self._reset_wanted_at >= RESET_INTERVAL:
+            self._reset_wanted_at = now
+            self._events.append(ResetWanted("a peer does not leave a dead path"))
 
     def _keys_of(self, peer_id: str) -> list[AccessKey]:
         """What we have access to through a peer."""

@@ -180,9 +180,17 @@ class PathMtuChanged:
     inner_mtu: int
 
 
+@frozen
+class ResetWanted:
+    """Client: only beginning anew under another key can help; at most once a minute."""
+
+    reason: str
+
+
 TunnelEvent = (
     SendToPortal
     | CheckPortal
+    | ResetWanted
     | FlowLogsConfigured
     | TunConfigChanged
     | ResourcesChanged

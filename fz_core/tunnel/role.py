@@ -174,6 +174,9 @@ class TunnelRole(ABC):
     def _handle_peer_lost(self, peer_id: str, now: float) -> None:  # noqa: B027  # a gateway waits for its clients
         """No path to a peer works, for longer than a moment."""
 
+    def _handle_peer_stuck(self, peer_id: str, now: float) -> None:  # noqa: B027  # a client's own timers end it
+        """A peer does not leave a path that is dead."""
+
     @abstractmethod
     def _handle_connected(self, peer_id: str, now: float) -> None: ...
 
@@ -256,6 +259,8 @@ class TunnelRole(ABC):
                     self._events.append(CheckPortal())
                 case node_events.PeerLost(peer_id):
                     self._handle_peer_lost(peer_id, now)
+                case node_events.PeerStuck(peer_id):
+                    self._handle_peer_stuck(peer_id, now)
                 case node_events.RelaysExhausted():
                     self._events.append(SendToPortal(NoRelays()))
         if self._postponed and self.node.has_relay:

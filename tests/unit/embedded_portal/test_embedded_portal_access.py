@@ -296,10 +296,19 @@ def test_a_relay_back_within_a_second_is_not_mentioned(world: World) -> None:
 def test_a_peer_that_comes_from_elsewhere_gets_other_relay_credentials(world: World) -> None:
     """Its relays know it at the old address only, and an official peer would not notice."""
     world.relay()
+
+    def expiry(*, leaves: bool = True, **options: Any) -> int:
+        client = world.client(**options)
+        name = client.init["relays"][0]["username"]
+        if leaves:
+            client.leave()
+        return int(name.partition(":")[0]) - 2145916800
+
     places = ["192.0.2.9", "192.0.2.9", "2001:db8::9", "192.0.2.77", "2001:db8::9", "192.0.2.77"]
-    names = [world.client(remote=place).init["relays"][0]["username"].partition(":")[0] for place in places]
-    assert names == ["2145916800"] * 3 + ["2145916799"] * 3
-    assert world.client(remote="192.0.2.1", key=b"n" * 32).init["relays"][0]["username"].startswith("2145916800:")
+    assert [expiry(remote=place) for place in places] == [0, 0, 0, -1, -1, -1]
+    assert expiry(remote="192.0.2.77", leaves=False) == -1
+    assert expiry(remote="192.0.2.77") == -2  # the old connection stands: it was cut on the peer's side
+    assert expiry(remote="192.0.2.1", key=b"n" * 32) == 0
 
 
 def test_no_relays_is_always_answered(world: World) -> None:

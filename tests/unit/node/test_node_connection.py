@@ -391,10 +391,16 @@ def test_a_deadline_that_does_not_change_is_due_once() -> None:
     node.upsert_connection("p", PARAMETERS, start)
     node.update_relays([system.relays[0].id], (), start)  # whose timers would come in between
     events_of(node)
-    for now in (start, start + 5.0, start + 9.999):
+    for now, due, told in (
+        (start, start + 2.5, []),
+        (start + 2.5, start + 5.0, [node_events.PeerLost("p")]),  # no path yet: the portal may tell the peer again
+        (start + 5.0, start + 7.5, [node_events.PeerLost("p")]),
+        (start + 9.999, start + 10.0, [node_events.PeerLost("p")]),
+        (start + 9.9995, start + 10.0, []),
+    ):
         node.handle_timeout(now)
-        assert node.poll_timeout() == start + 10.0
-        assert node.poll_event() is None
+        assert node.poll_timeout() == due
+        assert events_of(node) == told
     node.handle_timeout(start + 10.0)
     assert [type(event) for event in events_of(node)] == [node_events.ConnectionFailed]
     node.handle_timeout(start + 10.0)
