@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import Literal
 
 from fz_core.driver.client_names import ClientNames
-from fz_core.driver.config import Start, TunnelConfig
+from fz_core.driver.config import Role, Start, TunnelConfig
 from fz_core.linux import SocketFactory, make_dns_control
 from fz_core.portal import Channel, client_channel
 from fz_core.portal.client import Init
@@ -20,6 +21,7 @@ class ClientSide:
     """The state machine, the portal's language, and the host's DNS."""
 
     init = Init
+    role: Literal[Role.CLIENT] = Role.CLIENT
 
     def __init__(self, config: TunnelConfig, start: Start, flows: FlowTracking) -> None:
         self._config = config

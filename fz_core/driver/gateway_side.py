@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import Literal
 
-from fz_core.driver.config import Start, TunnelConfig
+from fz_core.driver.config import Role, Start, TunnelConfig
 from fz_core.driver.gateway_names import GatewayNames
 from fz_core.linux import SocketFactory
 from fz_core.portal import Channel, gateway_channel
@@ -20,6 +21,7 @@ class GatewaySide:
     """The state machine, the portal's language, and name resolution for clients."""
 
     init = Init
+    role: Literal[Role.GATEWAY] = Role.GATEWAY
 
     def __init__(self, config: TunnelConfig, start: Start, flows: FlowTracking) -> None:
         self._config = config
@@ -32,7 +34,3 @@ class GatewaySide:
     async def open_names(self, submit: Submit, sockets: SocketFactory) -> GatewayNames:
         """The resolver. HostError if it has no configuration."""
         return GatewayNames(self.state, submit, sockets, userspace=self._config.userspace_dns)
-
-    def reset(self, now: float) -> None:
-        """A gateway keeps its key and its connections; its relays are checked."""
-        self.state.node.update_relays((), (), now)

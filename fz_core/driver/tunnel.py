@@ -14,6 +14,7 @@ import base64
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -257,7 +258,7 @@ class Tunnel:
     def _reset(self, reason: str, now: float) -> None:
         """Within a turn of the loop, whose end sends the first datagrams by the new sockets."""
         self._is_resetting = False
-        if self._config.role is Role.GATEWAY:
+        if self._side.role is Role.GATEWAY:
             log.info("Network changed", reason=reason)
             self.is_joined = False  # by an address that is gone
             self._look_at_network(now)
@@ -436,7 +437,7 @@ def log_event(event: TunnelEvent) -> None:
         log.debug("DNS records changed", names=[record.name for record in event.records])
     else:
         level = log.debug if isinstance(event, DnsDecision) else log.info
-        level(type(event).__name__, **{name: getattr(event, name) for name in event.__match_args__})
+        level(type(event).__name__, **{field.name: getattr(event, field.name) for field in fields(event)})
 
 
 def _login(config: TunnelConfig) -> Login:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fz_core.packet.frozen import frozen
+from dataclasses import dataclass
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class CandidateAdded:
     """Signal this candidate line to the peer."""
 
@@ -13,7 +13,7 @@ class CandidateAdded:
     candidate: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class CandidateRemoved:
     """Withdraw a relayed candidate from the peer."""
 
@@ -21,14 +21,14 @@ class CandidateRemoved:
     candidate: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionEstablished:
     """A path is chosen and a WireGuard handshake was processed; sent once per connection."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PathChanged:
     """Data now travels between these sockets, through our relay if `relayed`."""
 
@@ -38,7 +38,7 @@ class PathChanged:
     relayed: bool
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionFailed:
     """The connection is gone; `reason` is for people."""
 
@@ -46,35 +46,35 @@ class ConnectionFailed:
     reason: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionClosed:
     """The connection was closed by us."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PeerSilent:
     """No path to the peer gives answers just now; the network under us may have changed."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PeerLost:
     """No answers, or no path yet: the peer may have started anew, or know nothing of us. Repeated while it lasts."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PeerStuck:
     """There is a path that works, but the peer goes on to use one that does not; a new key would make it begin anew."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RelaysExhausted:
     """The last relay is gone; the portal must be asked for others."""
 

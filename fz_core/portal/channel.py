@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from fz_core.packet.frozen import frozen
 from fz_core.portal.backoff import Backoff
 from fz_core.portal.codec import Codec, ParseFailure
 from fz_core.portal.framing import Frame, Truncated, parse_frame_untrusted
@@ -26,26 +26,26 @@ PROBE_TIMEOUT = 2.0
 MAX_QUEUE = 1024
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Connect:
     """Close what is open, wait `delay` seconds, resolve the host anew, and dial."""
 
     delay: float
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Connected:
     """The room was joined."""
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class MessageReceived:
     """A typed message of the role."""
 
     message: Any
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class MessageDropped:
     """A frame that is no message for us."""
 
@@ -53,7 +53,7 @@ class MessageDropped:
     reason: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Hiccup:
     """The link is down and will be tried again in `delay` seconds; `budget` is the total, None for ever."""
 
@@ -62,7 +62,7 @@ class Hiccup:
     error: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Fatal:
     """The link is down for good. `is_token_dead`: the portal does not know the token (any more)."""
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 
-from fz_core.packet.frozen import field, frozen
 from fz_core.portal import types as t
 
 # client to portal
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class SetSnownetCapabilities:
     """What this peer's connections can do; sent after every join."""
 
     iceless: bool
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RequestAuthorization:
     """Ask for access to a resource; for a device of a pool with its address."""
 
@@ -28,7 +28,7 @@ class RequestAuthorization:
     ipv6: IPv6Address | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResolveDevicePoolDomain:
     """Ask which device a name of a dynamic pool means."""
 
@@ -36,7 +36,7 @@ class ResolveDevicePoolDomain:
     domain: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class NewGatewayIceCandidates:
     """Candidates of ours for a gateway."""
 
@@ -44,7 +44,7 @@ class NewGatewayIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class WithdrawGatewayIceCandidates:
     """Candidates of ours that a gateway must forget."""
 
@@ -52,7 +52,7 @@ class WithdrawGatewayIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class NewClientIceCandidates:
     """Candidates of ours for another client."""
 
@@ -60,7 +60,7 @@ class NewClientIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class WithdrawClientIceCandidates:
     """Candidates of ours that another client must forget."""
 
@@ -68,7 +68,7 @@ class WithdrawClientIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class BroadcastIceCandidates:
     """What clients before 1.5.7 say instead of `NewGatewayIceCandidates`."""
 
@@ -76,7 +76,7 @@ class BroadcastIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class BroadcastInvalidatedIceCandidates:
     """What clients before 1.5.7 say instead of `WithdrawGatewayIceCandidates`."""
 
@@ -84,7 +84,7 @@ class BroadcastInvalidatedIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class NoRelays:
     """The last relay is lost, or there is none to connect with."""
 
@@ -119,7 +119,7 @@ class FailReason(StrEnum):
     UNKNOWN = "unknown"
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Init:
     """The whole state; sent after a join and whenever the client must resynchronise.
 
@@ -134,28 +134,28 @@ class Init:
     skipped: tuple[str, ...] = field(default=(), compare=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConfigChanged:
     """Addresses or DNS changed."""
 
     interface: t.Interface
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceCreatedOrUpdated:
     """Upsert of one resource."""
 
     resource: t.Resource
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceDeleted:
     """A resource is gone."""
 
     resource_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RelaysPresence:
     """Relays to forget, and relays to add or update."""
 
@@ -163,7 +163,7 @@ class RelaysPresence:
     connected: tuple[t.Relay, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AuthorizationCreated:
     """Access was given through this gateway."""
 
@@ -180,7 +180,7 @@ class AuthorizationCreated:
     ingest_token: str = field(default="", repr=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AuthorizationCreationFailed:
     """Access was not given."""
 
@@ -189,7 +189,7 @@ class AuthorizationCreationFailed:
     violated_properties: tuple[str, ...] = ()
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class GatewayIceCandidates:
     """A gateway's candidates."""
 
@@ -197,7 +197,7 @@ class GatewayIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class InvalidateGatewayIceCandidates:
     """A gateway's candidates to forget."""
 
@@ -205,7 +205,7 @@ class InvalidateGatewayIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ClientIceCandidates:
     """Another client's candidates."""
 
@@ -213,7 +213,7 @@ class ClientIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class InvalidateClientIceCandidates:
     """Another client's candidates to forget."""
 
@@ -221,7 +221,7 @@ class InvalidateClientIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ClientIceCandidateError:
     """Candidates could not be delivered to another client."""
 
@@ -229,7 +229,7 @@ class ClientIceCandidateError:
     reason: FailReason
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PoolGrant:
     """Target side of a device access: what the other client may reach here."""
 
@@ -237,7 +237,7 @@ class PoolGrant:
     filters: tuple[t.Filter, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ClientDeviceAccessAuthorized:
     """Two clients may talk; both get this, the target with `resource`."""
 
@@ -256,7 +256,7 @@ class ClientDeviceAccessAuthorized:
     ingest_token: str = field(default="", repr=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ClientDeviceAccessDenied:
     """Two clients may not, or no longer, talk."""
 
@@ -265,7 +265,7 @@ class ClientDeviceAccessDenied:
     reason: FailReason
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class DevicePoolDomainResolved:
     """The device a name of a dynamic pool means."""
 
@@ -275,7 +275,7 @@ class DevicePoolDomainResolved:
     ipv6: IPv6Address
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class DevicePoolDomainResolutionFailed:
     """A name of a dynamic pool means no device."""
 
@@ -284,7 +284,7 @@ class DevicePoolDomainResolutionFailed:
     reason: FailReason
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceFiltersUpdated:
     """What other clients may reach here through a pool."""
 
@@ -292,7 +292,7 @@ class ResourceFiltersUpdated:
     filters: tuple[t.Filter, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RejectAccess:
     """Another client may no longer reach us through a pool."""
 
@@ -300,7 +300,7 @@ class RejectAccess:
     resource_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Obsolete:
     """Read and ignored."""
 

@@ -6,16 +6,16 @@ if it has one, for another resource (`ReuseConnection`). Each is answered by a r
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from fz_core.packet.frozen import field, frozen
 from fz_core.portal import types as t
 from fz_core.portal.codec import Reader, Writer
 
 KEEPALIVE = 25
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PrepareConnection:
     """Which gateway should serve a resource? `ConnectionPrepared` answers."""
 
@@ -23,7 +23,7 @@ class PrepareConnection:
     connected_gateway_ids: tuple[str, ...] = ()
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RequestConnection:
     """Connect to a gateway, for a resource, with secrets of our own choice. `ConnectionAccepted` answers."""
 
@@ -34,7 +34,7 @@ class RequestConnection:
     domain: t.ProxiedName | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ReuseConnection:
     """Use a resource, or one more name of it, through a gateway we are connected to."""
 
@@ -43,7 +43,7 @@ class ReuseConnection:
     domain: t.ProxiedName | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionPrepared:
     """The gateway to use, and the address it has on the internet."""
 
@@ -53,7 +53,7 @@ class ConnectionPrepared:
     gateway_remote_ip: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionAccepted:
     """The gateway agreed, and these are its secrets."""
 

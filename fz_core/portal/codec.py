@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from fz_core.packet.frozen import frozen
 
 Reader = Callable[[Any], Any]
 Writer = Callable[[Any], Any]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ParseFailure:
     """A message that was dropped, and why."""
 

@@ -6,10 +6,10 @@ credentials and preshared key.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from fz_core.packet.frozen import field, frozen
 from fz_core.portal import types as t
 from fz_core.portal.client import NoRelays, Obsolete, RejectAccess, RelaysPresence, SetSnownetCapabilities
 from fz_core.portal.client_wire import read_lines, read_presence, write_presence
@@ -18,14 +18,14 @@ from fz_core.portal.codec import Codec
 # gateway to portal
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AuthorizationCreated:
     """The grant named by `ref` is installed."""
 
     ref: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class BroadcastIceCandidates:
     """Candidates of ours for these clients."""
 
@@ -33,7 +33,7 @@ class BroadcastIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class BroadcastInvalidatedIceCandidates:
     """Candidates of ours that these clients must forget."""
 
@@ -41,7 +41,7 @@ class BroadcastInvalidatedIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionReady:
     """Answer to a `RequestConnection`: our ICE credentials, of our own choice."""
 
@@ -63,7 +63,7 @@ Outbound = (
 GatewayResource = t.DnsResource | t.CidrResource | t.InternetResource
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Init:
     """The whole state. Every grant not listed in `authorizations` is revoked."""
 
@@ -74,7 +74,7 @@ class Init:
     flow_logs: t.FlowLogs = t.NO_FLOW_LOGS
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Client:
     """The client of an authorization; `details` are for flow logs."""
 
@@ -86,7 +86,7 @@ class Client:
     details: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class CreateAuthorization:
     """Let a client use a resource, and connect to it."""
 
@@ -101,14 +101,14 @@ class CreateAuthorization:
     subject: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceUpdated:
     """New filters of a resource."""
 
     resource: GatewayResource
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class IceCandidates:
     """A client's candidates."""
 
@@ -116,7 +116,7 @@ class IceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class InvalidateIceCandidates:
     """A client's candidates to forget."""
 
@@ -124,7 +124,7 @@ class InvalidateIceCandidates:
     candidates: tuple[str, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RequestConnection:
     """A client before 1.4 wants a connection, and one resource through it; `ConnectionReady` answers.
 
@@ -140,7 +140,7 @@ class RequestConnection:
     persistent_keepalive: int | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AllowAccess:
     """A connected client before 1.4 wants one more resource, or one more name of it. Nobody waits for an answer."""
 

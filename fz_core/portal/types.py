@@ -11,7 +11,7 @@ import binascii
 import json
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import (
     IPv4Address,
     IPv4Network,
@@ -23,7 +23,6 @@ from ipaddress import (
 from typing import Any
 
 from fz_core.packet import Address
-from fz_core.packet.frozen import field, frozen
 
 Ip = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -31,7 +30,7 @@ Json = Any
 KEY_SIZE = 32
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class IceCredentials:
     """`username` is the ufrag."""
 
@@ -39,7 +38,7 @@ class IceCredentials:
     password: str = field(repr=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Filter:
     """Traffic a resource allows: `protocol` is tcp, udp or icmp; ports are inclusive."""
 
@@ -48,7 +47,7 @@ class Filter:
     port_range_end: int = 65535
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Site:
     """A group of gateways; equal ids mean the same site."""
 
@@ -90,7 +89,7 @@ class InternetResource:
     sites: tuple[Site, ...] = ()
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PoolDevice:
     """A member of a static pool."""
 
@@ -121,7 +120,7 @@ class DynamicDevicePool:
 Resource = DnsResource | CidrResource | InternetResource | StaticDevicePool | DynamicDevicePool
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Relay:
     """One address of a TURN server. A dual-stack one is two neighbours with equal id."""
 
@@ -132,7 +131,7 @@ class Relay:
     expires_at: int = 0
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class RelayEntry:
     """A TURN server with its addresses of both families."""
 
@@ -143,7 +142,7 @@ class RelayEntry:
     password: str = field(repr=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Authorization:
     """A grant that still holds; `expires_at` in unix seconds."""
 
@@ -152,7 +151,7 @@ class Authorization:
     expires_at: int | None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ProxiedName:
     """A name of a DNS resource, and the addresses a client before 1.4 uses in its place."""
 
@@ -160,7 +159,7 @@ class ProxiedName:
     proxy_ips: tuple[Ip, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FlowLogs:
     """Where flow logs go; an interval of 0 means nowhere."""
 
@@ -172,7 +171,7 @@ class FlowLogs:
 NO_FLOW_LOGS = FlowLogs()
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class Interface:
     """A client's tunnel addresses and DNS."""
 
@@ -183,7 +182,7 @@ class Interface:
     search_domain: str | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class GatewayInterface:
     """A gateway's tunnel addresses."""
 

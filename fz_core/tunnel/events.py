@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from fz_core.dns import DnsRecord
-from fz_core.packet.frozen import field, frozen
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.ranges import Network
 from fz_core.tunnel.status import DeviceView, ResourceView
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class SendToPortal:
     """A typed portal message (`fz_core.portal.client` or `.gateway`) to send."""
 
     message: Any
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class TunConfigChanged:
     """The TUN device must get these addresses and routes, and the host's DNS these servers.
 
@@ -33,14 +33,14 @@ class TunConfigChanged:
     sentinels: tuple[tuple[str, str], ...] = ()
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class FlowLogsConfigured:
     """Where the portal wants flow logs, and how often."""
 
     settings: FlowLogs
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourcesChanged:
     """Client: every resource with its status, and the devices of pools that are connected."""
 
@@ -48,7 +48,7 @@ class ResourcesChanged:
     devices: tuple[DeviceView, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ForwardQuery:
     """Client: a DNS message for a server, or a DoH `url`; the reply goes to `handle_dns_result(token, …)`.
 
@@ -64,7 +64,7 @@ class ForwardQuery:
     payload: bytes = field(repr=False)
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class DnsDecision:
     """Client: how a question is answered: `resource`, `device`, `site`, `tunnel` or `local`.
 
@@ -77,14 +77,14 @@ class DnsDecision:
     resource_id: str | None = None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class DnsRecordsChanged:
     """Client: names that got proxy addresses; the whole table is `ClientTunnel.dns_records`."""
 
     records: tuple[DnsRecord, ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResolveName:
     """Gateway: look up the addresses of a name; they go to `handle_name_resolved(token, …)`."""
 
@@ -92,21 +92,21 @@ class ResolveName:
     name: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PacketsDropped:
     """Drops since the start by reason, told at most once a second while there are new ones."""
 
     totals: tuple[tuple[str, int], ...]
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionUp:
     """Packets can travel to and from this peer."""
 
     peer_id: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ConnectionDown:
     """The peer's connection is gone."""
 
@@ -114,7 +114,7 @@ class ConnectionDown:
     reason: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PathInUse:
     """Data to this peer now travels between these sockets."""
 
@@ -124,7 +124,7 @@ class PathInUse:
     relayed: bool
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceActivated:
     """A resource can now be used."""
 
@@ -133,7 +133,7 @@ class ResourceActivated:
     address: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceDeactivated:
     """A resource is gone."""
 
@@ -141,7 +141,7 @@ class ResourceDeactivated:
     name: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResourceOffline:
     """The portal found no gateway for a resource."""
 
@@ -149,7 +149,7 @@ class ResourceOffline:
     reason: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AccessGranted:
     """Gateway: a client may use a resource until `expires_at` (unix seconds; None means for ever)."""
 
@@ -158,7 +158,7 @@ class AccessGranted:
     expires_at: float | None
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class AccessEnded:
     """Gateway: a grant was revoked or has expired."""
 
@@ -167,12 +167,12 @@ class AccessEnded:
     reason: str
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class CheckPortal:
     """A peer fell silent, so the network under us may have changed: does the portal still answer?"""
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class PathMtuChanged:
     """The path to a peer lets inner packets of at most `inner_mtu` bytes pass; 1280 is everything."""
 
@@ -180,7 +180,7 @@ class PathMtuChanged:
     inner_mtu: int
 
 
-@frozen
+@dataclass(frozen=True, slots=True)
 class ResetWanted:
     """Client: only beginning anew under another key can help; at most once a minute."""
 
