@@ -25,7 +25,7 @@ from typing import Any
 from fz_core.lab import Lab, LabError
 from fz_core.lab.policy import static_pool
 from fz_core.lab.processes import Process
-from fz_core.lab.system import PORTAL_PORT, Member, Programs, System
+from fz_core.lab.system import PORTAL_PORT, Member, Programs, Shape, System
 
 CLIENTS = 10
 SERVER = "10.20.0.80"
@@ -130,7 +130,7 @@ def sort_wakeups(trace: str) -> Counter[str]:
                 done = did.pop(thread)
                 found[next((kind for kind in ("received", "sent", "files") if kind in done), "nothing")] += 1
             if not re.search("<unfinished|<detached|EAGAIN", line):
-                did[thread] = set()
+                did[thread] = {"files"} if call == "futex" else set()
         elif thread in did:
             did[thread] |= kinds_of(call, rest, count)
     return found
@@ -140,6 +140,8 @@ def kinds_of(call: str, rest: str, count: int) -> set[str]:
     """What a system call shows about why its thread runs."""
     if call in FILES or call == "futex":
         return {"files"}
+    if "ECONNREFUSED" in rest:
+        return {"received"}
     if call not in (*READS, *WRITES) or count <= 0:
         return set()
     is_message = call.endswith("msg")
@@ -168,7 +170,7 @@ def address_of(member: Member) -> str:
 def measure(programs: Programs, seconds: float, settle: float) -> dict[str, Any]:
     """Everything about these programs."""
     with Lab() as lab:
-        system = System(lab, programs)
+        system = System(lab, programs, Shape(resolvers=True))
         others = [f"device{number}" for number in range(1, CLIENTS)]
         system.resources["devices"] = static_pool(*others)
         system.allowed_to = {"tester": {"devices"}}
