@@ -28,7 +28,7 @@ from fz_core.ice.checks import (
 )
 from fz_core.ice.credentials import Credentials
 from fz_core.ice.events import IceEvent, IceState, Nominated, PathSilent, StateChanged
-from fz_core.ice.pair import NEVER, Pair
+from fz_core.ice.pair import Pair
 from fz_core.ice.timing import TimingProfile
 from fz_core.packet import Address, DropReason, Transmit
 from fz_core.stun import Message
@@ -67,7 +67,6 @@ class Agent:
         self._selected: Pair | None = None
         self.answered_at = now  # a check of the pair in use
         self.heard_at = now  # anything authentic on the pair in use
-        self.followed_at = NEVER  # the peer chose the pair in use
         self._state = IceState.NEW
         self._transmits: deque[Transmit] = deque()
         self._events: deque[IceEvent] = deque()
@@ -288,7 +287,6 @@ class Agent:
         pair.note_request(use_candidate, self.profile, now)
         if pair is self._selected:
             self.heard_at = now
-            self.followed_at = now if use_candidate else self.followed_at
         if not is_new and pair.is_doubtful and now >= pair.triggered_at + TRIGGER_GAP:
             pair.note_triggered(now)
             self._check(pair, now)

@@ -183,7 +183,6 @@ class Connection:
         self.retellings = 0
         self.is_retelling_due = False
         self._retelling: deque[Retelling] = deque()
-        self._silent: PathSilent | None = None
         self._silent_at = now
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
@@ -289,19 +288,14 @@ class Connection:
             self.unheard_since = None
         if self._still_silent_at is not None and now >= self._still_silent_at:
             self._still_silent_at = None
-            silent = self._silent
-            if (
-                silent is not None
-                and self.followed_at <= self._silent_at
-                and self.agent.is_silent(silent.local, silent.remote)
-            ):
+            if self.heard_at <= self._silent_at and self.state is not State.IDLE:
                 self.has_lasting_silence = True
                 self._ask_for_proof(now)
                 self._still_silent_at = now + self._silent_gap
                 self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
         if self._stuck_at is not None and now >= self._stuck_at:
             self._stuck_at = None
-            self.is_stuck = self.followed_at <= self._silent_at and self.agent.has_live_path
+            self.is_stuck = self.heard_at <= self._silent_at and self.agent.has_live_path
         if self._slow_at is not None and now >= self._slow_at:
             self.is_slow = self.path is None
             self._slow_at = now + SLOW_FIRST if self.is_slow else None
@@ -369,7 +363,7 @@ class Connection:
             elif isinstance(event, StateChanged):
                 self._disconnected_at = now if event.state is IceState.DISCONNECTED else None
             elif isinstance(event, PathSilent):
-                self.is_silenced, self._silent, self._silent_at = True, event, now
+                self.is_silenced, self._silent_at = True, now
                 self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STILL_SILENT_FIRST
             elif isinstance(event, AllPathsSilent):
                 self.is_silenced = True
@@ -390,12 +384,6 @@ class Connection:
             self._held.append(datagram)
         while self._held and self.path is not None:
             yield Outgoing(self.path.local, self.path.remote, self._held.popleft(), is_check=False)
-
-    @property
-    def followed_at(self) -> float:
-        """When the peer last showed that it uses a path that works."""
-        assert isinstance(self.agent, Agent)
-        return max(self.heard_at, self.agent.followed_at)
 
     def is_silent(self, now: float) -> bool:
         """Whether nothing has come back on the chosen path for longer than a live and busy peer takes."""

@@ -40,11 +40,6 @@ class IcelessConnection(Connection):
     def rehandshake(self, now: float) -> None:
         """Neither a new path nor a repeated authorization needs one."""
 
-    @property
-    def followed_at(self) -> float:
-        """When data last came: the peer sends it, keep-alives too, on the path that it thinks works."""
-        return self.heard_at
-
     def is_silent(self, now: float) -> bool:
         """Whether the path in use gives no answers."""
         return self.path is not None and not self.agent.has_live_path

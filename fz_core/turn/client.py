@@ -103,12 +103,17 @@ class Allocation:
         self._transmits: deque[Transmit] = deque()
         self._events: deque[TurnEvent] = deque()
         self._rtt: float | None = None
+        self._hosts: dict[int, Address] = {}
+        self._old_hosts: dict[int, Address] = {}
+        self._reflexives: dict[int, tuple[Address, Address]] = {}
+        self._old_reflexives: dict[int, tuple[Address, Address]] = {}
         self._start(now)
 
     def _start(self, now: float) -> None:
         self._server: Address | None = None
-        self._hosts: dict[int, Address] = {}
-        self._reflexives: dict[int, tuple[Address, Address]] = {}
+        # what was true before the last start is withdrawn when something else is
+        self._old_hosts, self._hosts = {**self._old_hosts, **self._hosts}, {}
+        self._old_reflexives, self._reflexives = {**self._old_reflexives, **self._reflexives}, {}
         self._relayed: dict[int, Address] = {}
         self._expires_at: float | None = None
         self._refresh_due_at: float | None = None
@@ -325,14 +330,16 @@ class Allocation:
         if host != local:
             self._hosts[family] = local
             self._events.append(HostDiscovered(local))
-            if host is not None:
-                self._events.append(HostRemoved(host))
+            old_host = host or self._old_hosts.pop(family, None)
+            if old_host not in (None, local):
+                self._events.append(HostRemoved(old_host))
         known = self._reflexives.get(family)
         if known != (mapped, local):
             self._reflexives[family] = (mapped, local)
             self._events.append(ReflexiveDiscovered(mapped, local))
-            if known is not None:
-                self._events.append(ReflexiveRemoved(*known))
+            old = known or self._old_reflexives.pop(family, None)
+            if old not in (None, (mapped, local)):
+                self._events.append(ReflexiveRemoved(*old))
         if self._server is None:
             self._server = request.destination
             self._active_at = now
