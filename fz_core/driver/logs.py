@@ -24,7 +24,7 @@ LEVELS = {
     "trace": TRACE,
 }
 NAMES = {logging.CRITICAL: "ERROR", logging.ERROR: "ERROR", logging.WARNING: "WARN", TRACE: "TRACE"}
-QUIET = {"asyncio": "warn", "httpx": "info", "httpcore": "info", "trio-websocket": "warn"}
+QUIET = {"pyroute2": "warn", "asyncio": "warn", "httpx": "info", "httpcore": "info", "trio-websocket": "warn"}
 
 Event = MutableMapping[str, Any]
 

@@ -33,7 +33,6 @@ from fz_core.driver.roaming import FORGOTTEN_AFTER, RESETS, Change, RouteWatch, 
 from fz_core.linux import (
     DEBOUNCE,
     HostError,
-    Interface,
     NetworkMonitor,
     SocketFactory,
     TunDevice,
@@ -77,6 +76,7 @@ if TYPE_CHECKING:
     from fz_core.driver.client_side import ClientSide
     from fz_core.driver.gateway_names import GatewayNames
     from fz_core.driver.gateway_side import GatewaySide
+    from fz_core.linux.netlink import Interface
 
 EVENT_QUEUE = 256
 COMPONENTS = {Role.CLIENT: "headless-client", Role.GATEWAY: "gateway"}
@@ -158,8 +158,6 @@ class Tunnel:
         """Carry traffic until `stop`. TunnelFailed or HostError if it cannot go on."""
         with ExitStack() as stack:
             tun = stack.enter_context(TunDevice.open(self._config.tun_name))
-            interface = Interface(tun.name)
-            await trio.to_thread.run_sync(interface.flush_tables)
             sockets = self._open_sockets()
             if not sockets:
                 raise HostError("cannot open any UDP socket: is IP disabled on this host?")
@@ -173,7 +171,7 @@ class Tunnel:
                 self._link = PortalLink(
                     self._login, self._side.channel(), public_key=self._current_key, resolve=self._resolve_portal
                 )
-                await self._run_tasks(loop, self._link, interface, configs)
+                await self._run_tasks(loop, self._link, tun.name, configs)
             finally:
                 self._loop = None
                 self._sender.close()
@@ -186,18 +184,17 @@ class Tunnel:
         self,
         loop: Loop,
         link: PortalLink,
-        interface: Interface,
+        device: str,
         configs: trio.MemoryReceiveChannel[TunConfigChanged],
     ) -> None:
         error: BaseException | None = None
         assert self._names is not None
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._configure, device, configs, self._names)
                 await nursery.start(self._names.run)
                 nursery.start_soon(link.run)
                 nursery.start_soon(self._listen, link, loop)
-                nursery.start_soon(self._configure, interface, configs, self._names)
-                nursery.start_soon(_follow_link_scopes, interface)
                 nursery.start_soon(follow_routes, self._watch, self._handle_change)
                 if self._config.flow_log_dir is not None:
                     nursery.start_soon(FlowUploader(self._config.flow_log_dir, self._names.resolve_portal).run)
@@ -238,20 +235,23 @@ class Tunnel:
 
     async def _configure(
         self,
-        interface: Interface,
+        device: str,
         configs: trio.MemoryReceiveChannel[TunConfigChanged],
         names: ClientNames | GatewayNames,
     ) -> None:
         """Apply TUN configurations in order, off the loop: netlink may block. Then DNS, which needs the addresses."""
-        async for config in configs:
-            await trio.to_thread.run_sync(_apply, interface, config)
-            for warning in interface.warnings:
-                log.warning(warning)
-            interface.warnings.clear()
-            await names.apply(self._config.tun_name, config)
-            if not self.is_configured:
-                log.debug("Tunnel ready")
-            self._configured.set()
+        interface = await trio.to_thread.run_sync(_open_interface, device)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_follow_link_scopes, interface)
+            async for config in configs:
+                await trio.to_thread.run_sync(_apply, interface, config)
+                for warning in interface.warnings:
+                    log.warning(warning)
+                interface.warnings.clear()
+                await names.apply(self._config.tun_name, config)
+                if not self.is_configured:
+                    log.debug("Tunnel ready")
+                self._configured.set()
 
     # a changing network
 
@@ -477,6 +477,15 @@ async def _follow_link_scopes(interface: Interface) -> None:
                 await trio.to_thread.run_sync(interface.sync_link_scope_routes)
     finally:
         monitor.close()
+
+
+def _open_interface(device: str) -> Interface:
+    """In a thread while the portal is called: importing pyroute2 takes 0.1 s."""
+    from fz_core.linux.netlink import Interface
+
+    interface = Interface(device)
+    interface.flush_tables()
+    return interface
 
 
 def _apply(interface: Interface, config: TunConfigChanged) -> None:

@@ -5,9 +5,8 @@ from fz_core.linux.device_id import device_id
 from fz_core.linux.dns_control import DnsControl, make_dns_control, parse_resolv_conf
 from fz_core.linux.errors import HostError
 from fz_core.linux.file_watch import FileWatch
-from fz_core.linux.link_scope import DEBOUNCE, NetworkMonitor
 from fz_core.linux.marks import MARK, MarkError, set_mark
-from fz_core.linux.netlink import Interface
+from fz_core.linux.network_monitor import DEBOUNCE, NetworkMonitor
 from fz_core.linux.process import forbid_core_dumps, has_net_admin, os_version, raise_socket_buffers
 from fz_core.linux.route_cache import RouteCache
 from fz_core.linux.smbios import Smbios, read_smbios
@@ -24,7 +23,6 @@ __all__ = [
     "DnsControl",
     "FileWatch",
     "HostError",
-    "Interface",
     "MarkError",
     "NetworkMonitor",
     "RouteCache",

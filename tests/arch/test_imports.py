@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HTTPS = "for DNS over HTTPS and flow-log uploads, imported in a thread when there is a server to talk to"
+NETLINK = "imported in a thread while the portal is called"
 UNNEEDED = {
     "httpcore": HTTPS,
     "httpx": HTTPS,
@@ -16,10 +17,12 @@ UNNEEDED = {
     "anyio": HTTPS,
     "fz_core.driver.doh_server": HTTPS,
     "fz_core.driver.marked_http": HTTPS,
-    "pyroute2": "linux/rtnetlink.py does what is needed of it",
+    "pyroute2": NETLINK,
+    "fz_core.linux.netlink": NETLINK,
+    "fz_core.linux.link_scope": NETLINK,
     "statistics": "brings fractions and decimal along, for one median",
-    "unittest": "came with pyroute2",
-    "multiprocessing": "nothing here needs it",
+    "unittest": "comes with pyroute2",
+    "multiprocessing": "comes with pyroute2",
     "urllib.request": "nothing here needs it",
     "fz_core.embedded": "the portal and the relay are other programs",
     "fz_core.commands": "the portal and the relay are other programs",

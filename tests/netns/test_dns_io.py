@@ -23,7 +23,8 @@ from fz_core.driver.nameservers import Nameservers
 from fz_core.fastpath import split_super_packet
 from fz_core.lab import Host, Lab
 from fz_core.lab.processes import Process
-from fz_core.linux import Interface, TunDevice
+from fz_core.linux import TunDevice
+from fz_core.linux.netlink import Interface
 from fz_core.packet import Address, DropReason, Packet, build_icmp_prohibited, build_icmp_unreachable
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("unbound")]

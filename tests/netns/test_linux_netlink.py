@@ -13,7 +13,8 @@ import pytest
 import trio
 
 from fz_core.lab import Host, Lab
-from fz_core.linux import HostError, Interface, NetworkMonitor, TunDevice, set_mark
+from fz_core.linux import HostError, NetworkMonitor, TunDevice, set_mark
+from fz_core.linux.netlink import Interface
 
 pytestmark = pytest.mark.root
 

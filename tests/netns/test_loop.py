@@ -20,7 +20,8 @@ from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
 from fz_core.driver.loop import Loop
 from fz_core.lab import Host, Lab
-from fz_core.linux import Interface, TunDevice, TunError, UdpSocket
+from fz_core.linux import TunDevice, TunError, UdpSocket
+from fz_core.linux.netlink import Interface
 from fz_core.packet import Address, DropReason, Transmit, build_udp
 from fz_core.portal import client as messages
 from fz_core.portal.types import CidrResource, DnsResource, Filter, Site

@@ -22,7 +22,8 @@ from fz_core.lab import Host, Lab, LabError
 from fz_core.lab.names import start_names
 from fz_core.lab.processes import run
 from fz_core.lab.system import System
-from fz_core.linux import Interface, RouteCache, SocketFactory, TunDevice, UdpSocket, make_dns_control
+from fz_core.linux import RouteCache, SocketFactory, TunDevice, UdpSocket, make_dns_control
+from fz_core.linux.netlink import Interface
 from fz_core.packet import Address
 from fz_core.tunnel import ClientTunnel
 from tests.netns.scenarios import eventually
