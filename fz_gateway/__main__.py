@@ -5,6 +5,7 @@ Exit codes: 0 clean end, 1 run-time failure, 2 usage error.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from fz_core.driver.health import HealthServer
 from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, duration, feature_flag, hide_argument, socket_address, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, has_net_admin, raise_socket_buffers
+
+gc.enable()
 
 PROGRAM = "firezone-gateway"
 VERSION = "1.6.1"

@@ -5,6 +5,7 @@ Exit codes: 0 clean end, 1 run-time failure, 2 usage error.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from fz_core.driver import ConfigError, Role, TunnelConfig, TunnelFailed, serve
 from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, duration, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, raise_socket_buffers, read_token_file
+
+gc.enable()
 
 PROGRAM = "firezone-headless-client"
 VERSION = "1.5.12"
