@@ -58,7 +58,7 @@ class RawClient:
             Credentials(message.client_ice_credentials.username, message.client_ice_credentials.password),
             Credentials(message.gateway_ice_credentials.username, message.gateway_ice_credentials.password),
             controlling=True,
-            iceless=False,
+            iceless=message.use_iceless,
         )
         try:
             self.node.upsert_connection(message.gateway_id, parameters, now)
