@@ -420,11 +420,6 @@ class Agent:
         if pair is not None and not pair.unanswered:  # else checks are under way
             self._check(pair, now)
 
-    def is_silent(self, local: Address, remote: Address) -> bool:
-        """Whether this path gave no answers when it was in use, and none since."""
-        pair = self._pairs.get((local, remote))
-        return pair is not None and pair.is_silent
-
     @property
     def has_live_path(self) -> bool:
         """Whether the pair in use is not a silent one."""

@@ -91,15 +91,6 @@ class PathAgent:
         """Whether a primary is chosen."""
         return self._primary is not None
 
-    def is_silent(self, local: Address, remote: Address) -> bool:
-        """Whether this path gave no answers when it was in use, and none since."""
-        pair = self._pairs.get((local, remote))
-        return pair is not None and pair.is_dead
-
-    def check_selected(self, now: float) -> None:
-        """The path in use is doubted for reasons we cannot see: probe it at the next turn."""
-        self._health.doubt(now)
-
     @property
     def local_candidates(self) -> tuple[Candidate, ...]:
         """Ours, as signalled."""

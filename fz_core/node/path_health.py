@@ -100,12 +100,6 @@ class PathHealth:
             self._proved_at = float("-inf")
             self._due_at = now
 
-    def doubt(self, now: float) -> None:
-        """Probe the primary at the next turn, unless that is being done."""
-        if self._local is not None and not self._attempts and now - self._heard_at > ATTEMPT_GAP:
-            self._waiting_since = now - SILENCE
-            self._due_at = now
-
     @property
     def suspected_at(self) -> float:
         """When the alarm began that led to the last death."""

@@ -51,8 +51,6 @@ def call(agent: PathAgent, random: Random, now: float) -> None:
     elif number == 11:
         agent.handle_probe(local, remote, random.randbytes(random.randrange(60)), now)
     elif number == 12:
-        agent.check_selected(now)
-    elif number == 13:
         agent.note_probe_unsealed(now)
     else:
         probe = build_probe(random.random() < 0.3, random.randrange(40), random.randrange(30))

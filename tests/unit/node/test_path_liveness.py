@@ -51,7 +51,6 @@ def test_the_schedule_of_an_alarm() -> None:
     driver.run(30.0 + DEATH + 0.01)
     assert driver.probes_of(DIRECT)[:12] == pytest.approx([30.0 + at for at in ALARM])
     assert driver.events == [PathSilent(*DIRECT)]
-    assert driver.agent.is_silent(*DIRECT)
     assert not driver.agent.has_live_path
 
 
@@ -76,7 +75,6 @@ def test_a_dead_pair_wins_again_by_an_answer_to_a_later_probe_only() -> None:
     assert driver.primaries == [OWN_RELAY]
     driver.reply_now(DIRECT)
     assert driver.primaries == [OWN_RELAY, DIRECT]
-    assert not driver.agent.is_silent(*DIRECT)
 
 
 def test_an_outage_is_told_once_after_another_one_and_a_half_seconds() -> None:
@@ -172,15 +170,6 @@ def test_one_packet_without_an_answer_costs_one_probe() -> None:
     driver.agent.note_data_sent(40.0)
     driver.run(59.0)
     assert driver.probes_of(DIRECT) == [41.0]
-
-
-def test_the_caller_may_ask_for_a_probe_of_its_own() -> None:
-    driver = settled(DIRECT)
-    driver.agent.check_selected(30.0)
-    driver.agent.check_selected(30.0)
-    driver.run(30.1)
-    assert driver.probes_of(DIRECT) == [30.0]
-    assert driver.events == []
 
 
 def test_data_while_all_is_cleared_by_a_candidate_may_be_an_outage() -> None:
