@@ -55,8 +55,14 @@ UNANSWERED = 0.5
 STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
 TAKEN_BACK = 0.1
 MAX_RETELLINGS = 50
+MAX_FORMER = 8
+CHANGED_LATELY = 30.0
 # A peer whose answer to a handshake does not come within this, over a path that answers checks, will not let go.
 STUCK = 3.0
+# So long may data go unanswered on a path that answers checks before the peer has to prove, by a handshake, that it
+# sends to where we are; a stream in one direction has it do so this often at most.
+MUTE = 3.0
+PROOF_INTERVAL = 10.0
 # A connection in the making that has no path by then is worth asking the portal again, which tells the peer again.
 SLOW_FIRST = 2.5
 BUFFERED_DATAGRAMS = 128
@@ -182,11 +188,15 @@ class Connection:
         self.has_lasting_silence = False
         self.retellings = 0
         self.is_retelling_due = False
+        self._former: dict[Address, Candidate] = {}  # not ours any more, but a peer may hold on to them
+        self._changed_at: float | None = None
         self._retelling: deque[Retelling] = deque()
         self._silent_at = now
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
         self._retell_at: float | None = None
+        self._mute_since: float | None = None  # as `unheard_since`, but checks do not count
+        self._proof_asked_at = now - PROOF_INTERVAL
         self.is_stuck = False
         self._stuck_at: float | None = None
         self.is_slow = False
@@ -224,14 +234,32 @@ class Connection:
         n, ufrag = self.retellings, self.parameters.local.ufrag
         by_address = {c.address: c for c in self.agent.local_candidates if c.kind is not CandidateKind.RELAY}
         ours = tuple(by_address.values())
+        theirs = (*ours, *(c for address, c in self._former.items() if address not in by_address))
         self._retelling = deque(
             (
-                Retelling(tuple(c.retold(n, ufrag, above_all=True) for c in ours), is_withdrawal=False),
-                Retelling(tuple(c.retold(n, None, above_all=True) for c in ours), is_withdrawal=True),
+                Retelling(tuple(c.retold(n, ufrag, above_all=True) for c in theirs), is_withdrawal=False),
+                Retelling(tuple(c.retold(n, None, above_all=True) for c in theirs), is_withdrawal=True),
                 Retelling(tuple(c.retold(n, ufrag) for c in ours), is_withdrawal=False),
             )
         )
         self._retell_at, self.is_retelling_due = now + TAKEN_BACK, True
+
+    def note_withdrawn(self, candidate: Candidate, now: float) -> None:
+        """An address is not ours any more. The peer may have guessed it too, and then a withdrawal is not enough."""
+        if candidate.kind is CandidateKind.RELAY:
+            return
+        self._former.pop(candidate.address, None)
+        self._former[candidate.address] = candidate
+        if len(self._former) > MAX_FORMER:
+            del self._former[next(iter(self._former))]
+        self._changed_at = now
+        if self.path is not None:
+            self.retell(now)
+
+    def handle_portal_connected(self, now: float) -> None:
+        """What was told while the portal was away came to nothing."""
+        if self._changed_at is not None and now - self._changed_at < CHANGED_LATELY and self.path is not None:
+            self.retell(now)
 
     def take_retelling(self) -> Retelling | None:
         """The next of these messages, once its time has come."""
@@ -293,6 +321,11 @@ class Connection:
                 self._ask_for_proof(now)
                 self._still_silent_at = now + self._silent_gap
                 self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
+        mute_at = self._mute_at
+        if mute_at is not None and now >= mute_at:
+            self._silent_at, self._mute_since = now, None
+            self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STUCK / 2
+            self._ask_for_proof(now)
         if self._stuck_at is not None and now >= self._stuck_at:
             self._stuck_at = None
             self.is_stuck = self.heard_at <= self._silent_at and self.agent.has_live_path
@@ -303,9 +336,17 @@ class Connection:
             self._retell_at = now + TAKEN_BACK if len(self._retelling) > 1 else None
             self.is_retelling_due = True
 
+    @property
+    def _mute_at(self) -> float | None:
+        """When the peer will have answered no data for too long."""
+        if self._mute_since is None or not self.parameters.controlling or not self._handshaken:
+            return None
+        return max(self._mute_since + MUTE, self._proof_asked_at + PROOF_INTERVAL)
+
     def _ask_for_proof(self, now: float) -> None:
         """The answer to a handshake takes the path that the peer believes in."""
         if self.parameters.controlling and self.agent.has_live_path:
+            self._proof_asked_at = now
             self.tunnel.start_handshake(now)
             if self._stuck_at is None:
                 self._stuck_at = now + STUCK
@@ -323,6 +364,7 @@ class Connection:
             None if self.unheard_since is None else self.unheard_since + UNANSWERED,
             self._still_silent_at,
             self._slow_at,
+            self._mute_at,
             self._stuck_at,
             self._retell_at,
         ]
@@ -346,12 +388,14 @@ class Connection:
         """An IP packet leaves; whether the agent wants its turn."""
         if self.unheard_since is None:
             self.unheard_since = now
+            if self._mute_since is None:
+                self._mute_since = now
         return False
 
     def take_data(self, local: Address, remote: Address, packet: bytes, now: float) -> bool:
         """A decrypted packet, maybe an empty one; whether it is not for the device."""
         self.heard_at = now
-        self.unheard_since = None
+        self.unheard_since = self._mute_since = None
         return False
 
     def settle(self, now: float) -> None:

@@ -146,11 +146,13 @@ class Node(RelayingNode):
         connection.rehandshake(now)
         self._settle(connection, now)
 
-    def resignal_candidates(self) -> None:
+    def handle_portal_connected(self, now: float) -> None:
         """Tell unconnected peers our candidates again: what was said before may have been lost with the portal."""
-        for connection in self._connections.by_peer.values():
+        for connection in list(self._connections.by_peer.values()):
             if connection.path is None:
                 self._signal_candidates(connection)
+            connection.handle_portal_connected(now)
+            self._settle(connection, now)
 
     def add_remote_candidate(self, peer_id: str, line: str, now: float) -> None:
         """Take a candidate the peer signalled; a malformed or foreign one is ignored."""

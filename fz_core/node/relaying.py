@@ -179,6 +179,7 @@ class RelayingNode(ABC):
                 if candidate.kind is gone.kind and candidate.address == gone.address:
                     connection.agent.remove_local_candidate(candidate, now)
                     self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
+                    connection.note_withdrawn(candidate, now)
                     for n in range(1, connection.retellings + 1):
                         self._events.append(CandidateRemoved(connection.peer_id, candidate.retold(n, None)))
                     self._settle(connection, now)

@@ -72,7 +72,7 @@ class TunnelRole(ABC):
     def handle_portal_connected(self, now: float) -> None:
         """The portal accepted our join: tell it what we can do, and all held candidates."""
         self._portal_is_up = True
-        self.node.resignal_candidates()
+        self.node.handle_portal_connected(now)
         self._events.append(SendToPortal(SetSnownetCapabilities(iceless=True)))
         self._collect(now)
 

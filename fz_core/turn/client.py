@@ -216,9 +216,11 @@ class Allocation:
         """
         if self._credentials is None or self._is_suspended or self._server is None:
             self.refresh(now)
-        elif not self._requests.has_to(BINDING, self._server):
+        else:
             self._is_probing = True
-            self._send_binding(self._server, now)
+            for address in self.server_addresses:
+                if not self._requests.has_to(BINDING, address):
+                    self._send_binding(address, now)
 
     def restart(self, now: float) -> None:
         """The network changed: forget all about it and begin anew with the same credentials."""
