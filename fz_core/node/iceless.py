@@ -144,8 +144,8 @@ class IcelessConnection(Connection):
             yield Outgoing(transmit.local, transmit.remote, transmit.payload, is_check=False)
         while (probe := self.agent.poll_probe()) is not None:
             local, remote, packet = probe
-            sealed = self.tunnel.seal(packet, now)
-            if isinstance(sealed, bytes):
+            sealed = self.tunnel.seal(packet, now) if self.tunnel.has_session else None
+            if sealed and isinstance(sealed, bytes):
                 yield Outgoing(local, remote, sealed, is_check=False)
             else:
                 self.agent.note_probe_unsealed(now)

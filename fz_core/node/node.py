@@ -252,6 +252,8 @@ class Node(RelayingNode):
         if isinstance(sealed, DropReason):
             return sealed
         connection.dirty = True
+        if not sealed:
+            return None  # a handshake is under way, and the packet goes out when it is done
         connection._last_activity = now
         if connection.note_sent(now):
             self._settle(connection, now)

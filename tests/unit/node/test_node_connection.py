@@ -408,6 +408,21 @@ def test_a_deadline_that_does_not_change_is_due_once() -> None:
     assert node.poll_timeout() is None
 
 
+def test_a_packet_waits_for_a_handshake_that_is_under_way() -> None:
+    """After a long sleep the session is over; the first packet starts a handshake, the second finds it under way."""
+    system = raw()
+    connect(system)
+    node, later = node_of(system), system.world.now + 600.0
+    packet = build_udp(system.client_ip, SERVER, 1, 2, b"x")
+    assert node.encapsulate(system.gateway_id, packet, 0, later) is None
+    assert node.encapsulate(system.gateway_id, packet, 0, later) is None
+    sent = []
+    while (transmit := node.poll_transmit()) is not None:
+        sent.append(transmit)
+    assert sent
+    assert all(transmit.payload for transmit in sent)
+
+
 @pytest.mark.shows("connectivity", 29)
 def test_what_cannot_be_encrypted_is_not_sent() -> None:
     system = raw()
