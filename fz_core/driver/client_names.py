@@ -23,7 +23,7 @@ from fz_core.tunnel.events import ForwardQuery, TunConfigChanged
 
 LOCAL_TIMEOUT = 5.0
 TUNNEL_TIMEOUT = 10.0
-FOLLOW_INTERVAL = 60.0
+FOLLOW_INTERVAL = 5.0
 UNWATCHED_FOLLOW_INTERVAL = 5.0
 SETTLING = 0.1
 
