@@ -8,12 +8,10 @@ counting nonces, which is the session's duty.
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint8_t, uint64_t
-from libc.string cimport memset
 
 from fz_core.crypto cimport sodium
 
 cdef enum:
-    NONCE_LENGTH = 12
     XNONCE_LENGTH = 24
 
 if sodium.sodium_init() < 0:
@@ -93,7 +91,7 @@ cdef void seal_into(
     const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
 ) noexcept nogil:
     cdef uint8_t nonce[NONCE_LENGTH]
-    _write_nonce(nonce, counter)
+    write_nonce(nonce, counter)
     sodium.crypto_aead_chacha20poly1305_ietf_encrypt(
         out, NULL, plaintext, <unsigned long long>length, ad, <unsigned long long>ad_length, NULL, nonce, key)
 
@@ -103,16 +101,9 @@ cdef int open_into(
     const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
 ) noexcept nogil:
     cdef uint8_t nonce[NONCE_LENGTH]
-    _write_nonce(nonce, counter)
+    write_nonce(nonce, counter)
     return sodium.crypto_aead_chacha20poly1305_ietf_decrypt(
         out, NULL, NULL, ciphertext, <unsigned long long>length, ad, <unsigned long long>ad_length, nonce, key)
-
-
-cdef inline void _write_nonce(uint8_t *nonce, uint64_t counter) noexcept nogil:
-    cdef int i
-    memset(nonce, 0, 4)
-    for i in range(8):
-        nonce[4 + i] = <uint8_t>(counter >> (8 * i))
 
 
 cdef int _require(bytes value, Py_ssize_t length, str name) except -1:

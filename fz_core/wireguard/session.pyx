@@ -8,10 +8,15 @@ from cpython.bytes cimport PyBytes_AS_STRING
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from fz_core.crypto.aead cimport open_into, seal_into
+from fz_core.crypto.cipher cimport AeadKey, aead_init, aead_open, aead_seal, aead_wipe
 from fz_core.crypto.sodium cimport sodium_memzero
 from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD, MESSAGE_DATA
 from fz_core.wireguard.replay cimport replay_is_fresh, replay_mark
+
+cdef extern from "endian.h" nogil:
+    uint32_t htole32(uint32_t value)
+    uint64_t htole64(uint64_t value)
+    uint64_t le64toh(uint64_t value)
 
 cdef extern from *:
     """
@@ -39,6 +44,8 @@ cdef class Session:
         raise TypeError("sessions are made by a handshake")
 
     def __dealloc__(self):
+        aead_wipe(&self.state.seal_key)
+        aead_wipe(&self.state.open_key)
         sodium_memzero(&self.state, sizeof(self.state))
 
     @property
@@ -62,8 +69,8 @@ cdef Session new_session(
     bytes send_key, bytes receive_key, uint32_t local_index, uint32_t remote_index, bint is_initiator
 ):
     cdef Session session = Session.__new__(Session)
-    memcpy(session.state.send_key, PyBytes_AS_STRING(send_key), 32)
-    memcpy(session.state.receive_key, PyBytes_AS_STRING(receive_key), 32)
+    aead_init(&session.state.seal_key, <const uint8_t *>PyBytes_AS_STRING(send_key))
+    aead_init(&session.state.open_key, <const uint8_t *>PyBytes_AS_STRING(receive_key))
     session.state.local_index = local_index
     session.state.remote_index = remote_index
     session.is_initiator = is_initiator
@@ -72,32 +79,39 @@ cdef Session new_session(
 
 cdef Py_ssize_t session_seal(
     SessionState *state, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out
+) noexcept:
+    return session_seal_with(state, &state.seal_key, plaintext, length, out)
+
+
+cdef Py_ssize_t session_open(
+    SessionState *state, const uint8_t *datagram, Py_ssize_t length, uint8_t *out
+) noexcept:
+    return session_open_with(state, &state.open_key, datagram, length, out)
+
+
+cdef Py_ssize_t session_seal_with(
+    SessionState *state, AeadKey *key, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out
 ) noexcept nogil:
     cdef uint64_t counter
     if fz_load(&state.send_counter) >= REJECT_AFTER_MESSAGES:
         return EXHAUSTED
     counter = fz_take(&state.send_counter)
-    _write_u32(out, MESSAGE_DATA)
-    _write_u32(out + 4, state.remote_index)
-    _write_u32(out + 8, <uint32_t>counter)
-    _write_u32(out + 12, <uint32_t>(counter >> 32))
-    seal_into(out + DATA_HEADER_LENGTH, plaintext, length, NULL, 0, counter, state.send_key)
+    _write_header(out, state.remote_index, counter)
+    aead_seal(key, out + DATA_HEADER_LENGTH, plaintext, length, counter)
     if length > 0:
         state.data_sent = True
     return length + DATA_OVERHEAD
 
 
-cdef Py_ssize_t session_open(
-    SessionState *state, const uint8_t *datagram, Py_ssize_t length, uint8_t *out
+cdef Py_ssize_t session_open_with(
+    SessionState *state, AeadKey *key, const uint8_t *datagram, Py_ssize_t length, uint8_t *out
 ) noexcept nogil:
-    cdef uint64_t counter = _read_u32(datagram + 8) | (<uint64_t>_read_u32(datagram + 12) << 32)
-    cdef bint is_fresh, failed
+    cdef uint64_t counter = _counter_of(datagram)
+    cdef bint is_fresh
     # A first look without the lock spares decrypting most replays; the one below decides.
     if not replay_is_fresh(&state.replay, counter):
         return REPLAYED
-    failed = open_into(
-        out, datagram + DATA_HEADER_LENGTH, length - DATA_HEADER_LENGTH, NULL, 0, counter, state.receive_key)
-    if failed != 0:
+    if aead_open(key, out, datagram + DATA_HEADER_LENGTH, length - DATA_HEADER_LENGTH, counter) != 0:
         return FORGED
     fz_acquire(&state.lock)
     is_fresh = replay_is_fresh(&state.replay, counter)
@@ -122,12 +136,16 @@ cdef Py_ssize_t inner_length(const uint8_t *plaintext, Py_ssize_t length) noexce
     return NOT_IP
 
 
-cdef inline void _write_u32(uint8_t *p, uint32_t value) noexcept nogil:
-    p[0] = <uint8_t>value
-    p[1] = <uint8_t>(value >> 8)
-    p[2] = <uint8_t>(value >> 16)
-    p[3] = <uint8_t>(value >> 24)
+cdef inline void _write_header(uint8_t *out, uint32_t receiver_index, uint64_t counter) noexcept nogil:
+    cdef uint32_t kind = htole32(MESSAGE_DATA)
+    cdef uint32_t index = htole32(receiver_index)
+    cdef uint64_t word = htole64(counter)
+    memcpy(out, &kind, 4)
+    memcpy(out + 4, &index, 4)
+    memcpy(out + 8, &word, 8)
 
 
-cdef inline uint32_t _read_u32(const uint8_t *p) noexcept nogil:
-    return p[0] | (<uint32_t>p[1] << 8) | (<uint32_t>p[2] << 16) | (<uint32_t>p[3] << 24)
+cdef inline uint64_t _counter_of(const uint8_t *datagram) noexcept nogil:
+    cdef uint64_t word
+    memcpy(&word, datagram + 8, 8)
+    return le64toh(word)
