@@ -19,6 +19,7 @@ cdef enum:
 @cython.final
 cdef class Tunnel:
     cdef Session current
+    cdef readonly uint64_t version   # changes with what `current` and `session_of` give
     cdef Timers timers
     cdef Identity _identity
     cdef RateLimiter _limiter

@@ -378,17 +378,20 @@ cdef class Tunnel:
         session.state.receive_until = now + REJECT_AFTER_TIME
         self.timers.last_session_at = now
         self._sessions[session.state.local_index % RING] = session
+        self.version += 1
 
     cdef void _confirm(self, Session session, double now):
         """The initiator used its new session: so may we, unless ours is newer."""
         if self.current is None or session.serial > self.current.serial:
             self._use(session, now)
         session.is_confirmed = True
+        self.version += 1
 
     cdef void _use(self, Session session, double now):
         """Send on this session from now on."""
         session.is_confirmed = True
         self.current = session
+        self.version += 1
         self._initiation = None
         self._superseded = None
         self.timers.attempt_ended()
@@ -405,10 +408,12 @@ cdef class Tunnel:
             if session is not None and session is not self.current:
                 if now >= session.state.receive_until:
                     self._sessions[slot] = None
+                    self.version += 1
 
     cdef void _wipe(self):
         self.current = None
         self._sessions = [None] * RING
+        self.version += 1
         self._initiation = None
         self._superseded = None
         self._queue.clear()
@@ -436,6 +441,7 @@ cdef class Tunnel:
             renew = self.current.is_initiator and not self.timers.has_given_up and not self._handshake_on_data
             self._sessions[self.current.state.local_index % RING] = None
             self.current = None
+            self.version += 1
             self.timers.traffic.unanswered_since = INFINITY
             self.timers.traffic.unacknowledged_since = INFINITY
             if renew:
