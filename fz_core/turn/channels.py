@@ -58,6 +58,7 @@ class Channels:
         self._next = FIRST_CHANNEL
         self._refresh_at: float | None = None
         self._is_refresh_known = True
+        self._changed: set[Address] = set()
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -95,6 +96,7 @@ class Channels:
         channel.bound_at = now
         channel.received_at = None
         self._is_refresh_known = False
+        self._changed.add(channel.peer)
 
     def reject(self, number: int) -> None:
         """The relay refused the bind: nothing remains of it."""
@@ -104,6 +106,7 @@ class Channels:
 
     def clear(self) -> None:
         """The allocation is gone."""
+        self._changed.update(self._by_peer)
         self._by_number.clear()
         self._by_peer.clear()
         self._next = FIRST_CHANNEL
@@ -124,6 +127,26 @@ class Channels:
             self._is_refresh_known = False
         channel.received_at = now
         return channel.peer
+
+    def confirmed_to(self, peer: Address) -> Channel | None:
+        """The channel to `peer` if the relay ever confirmed it; its end may have passed."""
+        channel = self._by_peer.get(peer)
+        return None if channel is None or channel.bound_at is None else channel
+
+    def peer_of(self, number: int) -> Address | None:
+        """Whose channel this is, if it was ever confirmed."""
+        channel = self._by_number.get(number)
+        return None if channel is None or channel.bound_at is None else channel.peer
+
+    def note_received(self, peer: Address, at: float) -> None:
+        """Data came in over the channel to `peer`, maybe a while ago: before its last bind it does not count."""
+        channel = self.confirmed_to(peer)
+        if channel is not None and channel.bound_at is not None and at >= channel.bound_at:
+            self.receive(channel.number, at if channel.received_at is None else max(at, channel.received_at))
+
+    def poll_change(self) -> Address | None:
+        """A peer whose channel was confirmed, or is gone."""
+        return self._changed.pop() if self._changed else None
 
     def due(self, now: float) -> list[Channel]:
         """Channels to refresh now; none is a common and cheap answer."""
@@ -153,6 +176,7 @@ class Channels:
         del self._by_number[channel.number]
         if self._by_peer.get(channel.peer) is channel:
             del self._by_peer[channel.peer]
+            self._changed.add(channel.peer)
         self._is_refresh_known = False
 
     def _next_number(self, now: float) -> int | None:

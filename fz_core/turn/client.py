@@ -4,9 +4,9 @@
     allocation.encapsulate(peer, payload, now)              data to a peer, as ChannelData
     allocation.decapsulate(remote, datagram, now)           ChannelData from the relay
     allocation.handle_timeout(now); allocation.poll_timeout()
-    allocation.poll_transmit(); allocation.poll_event()
+    allocation.poll_transmit(); allocation.poll_event(); allocation.poll_channel_change()
 
-**After every call that takes `now`, drain `poll_transmit` and `poll_event`.**
+**After every call that takes `now`, drain these three.**
 
 Life: BINDING to each address of the relay; the first to answer is used from then on; ALLOCATE; REFRESH at
 half of the lifetime; BINDING every 25 s of silence. Data moves through channels only. Sources:
@@ -48,7 +48,7 @@ from fz_core.stun.attributes import (
     TRANSPORT_UDP,
     XOR_PEER_ADDRESS,
 )
-from fz_core.turn.channels import Channel, Channels
+from fz_core.turn.channels import CHANNEL_LIFETIME, Channel, Channels
 from fz_core.turn.credentials import Credentials
 from fz_core.turn.events import (
     HostDiscovered,
@@ -250,9 +250,26 @@ class Allocation:
         """The channel number for `peer`, for a caller that writes the four header bytes itself."""
         return self._channels.number_to(peer, now)
 
-    def note_data_received(self, number: int, now: float) -> None:
+    def confirmed_channel_to(self, peer: Address) -> tuple[int, float] | None:
+        """The number of a channel the relay has confirmed, and when that ends unless it is refreshed."""
+        channel = self._channels.confirmed_to(peer)
+        if channel is None or channel.bound_at is None:
+            return None
+        return channel.number, channel.bound_at + CHANNEL_LIFETIME
+
+    def ends_of(self, number: int) -> tuple[Address, Address] | None:
+        """(our relayed address, peer) of a channel that was ever confirmed."""
+        peer = self._channels.peer_of(number)
+        relayed = None if peer is None else self._relayed.get(len(peer.ip))
+        return None if peer is None or relayed is None else (relayed, peer)
+
+    def note_data_sent(self, at: float) -> None:
+        """ChannelData was sent elsewhere, so the relay needs no sign of life from us for a while."""
+        self._active_at = max(self._active_at, at)
+
+    def note_data_received(self, peer: Address, at: float) -> None:
         """ChannelData was unwrapped elsewhere: the channel is in use and worth refreshing."""
-        self._channels.receive(number, now)
+        self._channels.note_received(peer, at)
 
     def decapsulate(
         self, remote: Address, datagram: bytes | bytearray | memoryview, now: float
@@ -473,6 +490,10 @@ class Allocation:
     def poll_event(self) -> TurnEvent | None:
         """The next event."""
         return self._events.popleft() if self._events else None
+
+    def poll_channel_change(self) -> Address | None:
+        """A peer whose channel was confirmed, or is gone, since this was last drained."""
+        return self._channels.poll_change()
 
     def _refresh_allocation(self, now: float) -> None:
         if self._server is None or not self._relayed:
