@@ -26,6 +26,7 @@ from fz_core.ice import (
 )
 from fz_core.node.path_agent import PathAgent
 from fz_core.node.path_events import AllPathsSilent
+from fz_core.node.transport import Carried, Unheard
 from fz_core.packet import Address, DropReason
 from fz_core.stun import Message
 from fz_core.wireguard import Expired, RateLimiter, SessionEstablished, Tunnel
@@ -183,7 +184,10 @@ class Connection:
         self._handshaken = False
         self._last_activity = now
         self._signalled_at = now - SIGNAL_INTERVAL
-        self.unheard_since: float | None = None  # the first data sent since the peer was last heard
+        self.received_on: tuple[Address, Address] | None = None  # (local, remote) the last data came on
+        self.published: tuple[object, ...] = ()  # what the node last told of, in `_publish`
+        self._carried = Carried(None, None, None)
+        self._unheard = Unheard()
         self.is_silenced = False
         self.has_lasting_silence = False
         self.retellings = 0
@@ -195,7 +199,7 @@ class Connection:
         self._silent_gap = STILL_SILENT_NEXT
         self._still_silent_at: float | None = None
         self._retell_at: float | None = None
-        self._mute_since: float | None = None  # as `unheard_since`, but checks do not count
+        self._mute = Unheard()  # as `_unheard`, but checks do not count
         self._proof_asked_at = now - PROOF_INTERVAL
         self.is_stuck = False
         self._stuck_at: float | None = None
@@ -271,6 +275,9 @@ class Connection:
     def touch(self, now: float) -> None:
         """Note activity; an idle connection wakes up."""
         self._last_activity = now
+        self._wake(now)
+
+    def _wake(self, now: float) -> None:
         if self.state is State.IDLE:
             self.state = State.CONNECTED
             self.agent.set_profile(self._profiles.active, now)
@@ -309,11 +316,12 @@ class Connection:
         self.dirty = True
 
     def _watch_path(self, now: float) -> None:
-        if self.unheard_since is not None and now >= self.unheard_since + UNANSWERED:
+        unheard_since = self._unheard.since
+        if unheard_since is not None and now >= unheard_since + UNANSWERED:
             assert isinstance(self.agent, Agent)
-            if self.agent.answered_at < self.unheard_since:
+            if self.agent.answered_at < unheard_since:
                 self.agent.check_selected(now)
-            self.unheard_since = None
+            self._unheard.clear(now)
         if self._still_silent_at is not None and now >= self._still_silent_at:
             self._still_silent_at = None
             if self.heard_at <= self._silent_at and self.state is not State.IDLE:
@@ -323,7 +331,8 @@ class Connection:
                 self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
         mute_at = self._mute_at
         if mute_at is not None and now >= mute_at:
-            self._silent_at, self._mute_since = now, None
+            self._silent_at = now
+            self._mute.clear(now)
             self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STUCK / 2
             self._ask_for_proof(now)
         if self._stuck_at is not None and now >= self._stuck_at:
@@ -339,9 +348,9 @@ class Connection:
     @property
     def _mute_at(self) -> float | None:
         """When the peer will have answered no data for too long."""
-        if self._mute_since is None or not self.parameters.controlling or not self._handshaken:
+        if self._mute.since is None or not self.parameters.controlling or not self._handshaken:
             return None
-        return max(self._mute_since + MUTE, self._proof_asked_at + PROOF_INTERVAL)
+        return max(self._mute.since + MUTE, self._proof_asked_at + PROOF_INTERVAL)
 
     def _ask_for_proof(self, now: float) -> None:
         """The answer to a handshake takes the path that the peer believes in."""
@@ -361,7 +370,7 @@ class Connection:
             self._candidates_due_at,
             None if self._disconnected_at is None else self._disconnected_at + DISCONNECT_TIMEOUT,
             self._last_activity + MAX_IDLE if self.state is State.CONNECTED and self._is_negotiated else None,
-            None if self.unheard_since is None else self.unheard_since + UNANSWERED,
+            None if self._unheard.since is None else self._unheard.since + UNANSWERED,
             self._still_silent_at,
             self._slow_at,
             self._mute_at,
@@ -386,16 +395,48 @@ class Connection:
 
     def note_sent(self, now: float) -> bool:
         """An IP packet leaves; whether the agent wants its turn."""
-        if self.unheard_since is None:
-            self.unheard_since = now
-            if self._mute_since is None:
-                self._mute_since = now
+        if self._unheard.since is None:
+            self._unheard.note_sent(now)
+            self._mute.note_sent(now)
         return False
 
     def take_data(self, local: Address, remote: Address, packet: bytes, now: float) -> bool:
         """A decrypted packet, maybe an empty one; whether it is not for the device."""
-        self.heard_at = now
-        self.unheard_since = self._mute_since = None
+        self.received_on = local, remote
+        self._note_heard(local, remote, now)
+        return False
+
+    def note_carried(self, carried: Carried, now: float) -> bool:
+        """Packets were sent on the path, or came the way the last data did; whether the agent wants its turn."""
+        sent_at, heard_at, unheard_since = carried
+        before, self._carried = self._carried, carried
+        self.dirty, wants_turn = True, False
+        if heard_at is not None and heard_at != before.heard_at and self.received_on is not None:
+            self._note_heard(*self.received_on, heard_at)
+            wants_turn = self._note_active(heard_at, now)
+        if sent_at is not None and sent_at != before.sent_at:
+            wants_turn |= self._note_carried_sent(unheard_since, sent_at)
+            wants_turn |= self._note_active(sent_at, now)
+        return wants_turn
+
+    def _note_active(self, at: float, now: float) -> bool:
+        """There was activity a moment ago; whether it woke us."""
+        is_late = at > self._last_activity and self.state is State.IDLE
+        self._last_activity = max(self._last_activity, at)
+        if is_late:
+            self._wake(now)
+        return is_late
+
+    def _note_heard(self, local: Address, remote: Address, at: float) -> None:
+        self.heard_at = max(self.heard_at, at)
+        self._unheard.clear(at)
+        self._mute.clear(at)
+
+    def _note_carried_sent(self, first: float | None, last: float) -> bool:
+        is_first = self._unheard.since is None
+        self._unheard.note_carried(first, last)
+        if is_first or self._mute.since is not None:
+            self._mute.note_carried(first, last)
         return False
 
     def settle(self, now: float) -> None:

@@ -114,10 +114,15 @@ class IcelessConnection(Connection):
         if is_probe(packet):
             self.agent.handle_probe(local, remote, packet, now)
             return True
-        self.heard_at = now
-        if self.agent.note_data_received(local, remote, now):
+        return super().take_data(local, remote, packet, now)
+
+    def _note_heard(self, local: Address, remote: Address, at: float) -> None:
+        self.heard_at = max(self.heard_at, at)
+        if self.agent.note_data_received(local, remote, at):
             self.dirty = True
-        return False
+
+    def _note_carried_sent(self, first: float | None, last: float) -> bool:
+        return self.agent.note_data_carried(first, last)
 
     def settle(self, now: float) -> None:
         """Let agent and tunnel react to each other; a pair just formed is probed at once."""

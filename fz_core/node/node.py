@@ -32,6 +32,7 @@ from fz_core.node.events import (
 )
 from fz_core.node.iceless import IcelessConnection
 from fz_core.node.relaying import EAGERLY_BOUND, RelayingNode
+from fz_core.node.transport import Carried
 from fz_core.packet import Address, DropReason, Transmit
 from fz_core.stun import Message, build, is_stun_untrusted
 from fz_core.stun.attributes import BINDING, INDICATION, PADDING
@@ -78,7 +79,7 @@ class Node(RelayingNode):
         connections = list(self._connections.by_peer.values())
         if not connections or not all(isinstance(c, IcelessConnection) for c in connections):
             for connection in connections:
-                self._connections.remove(connection.peer_id)
+                self._forget(connection.peer_id)
                 self._events.append(ConnectionClosed(connection.peer_id))
             self._take_key(private_key, now)
         for relay in self._relays:
@@ -110,7 +111,7 @@ class Node(RelayingNode):
         if relay is None:
             self._wake_relays(now)
             raise NoRelays
-        self._connections.remove(peer_id)
+        self._forget(peer_id)
         kind = IcelessConnection if parameters.iceless else Connection
         connection = kind(
             peer_id,
@@ -191,11 +192,11 @@ class Node(RelayingNode):
             if isinstance(farewell, Transmit):
                 self._transmits.append(farewell)
             self._events.append(ConnectionClosed(peer_id))
-        self._connections.remove(peer_id)
+        self._forget(peer_id)
 
     def remove(self, peer_id: str) -> None:
         """Forget a connection without a word."""
-        self._connections.remove(peer_id)
+        self._forget(peer_id)
 
     def is_known(self, peer_id: str) -> bool:
         """Whether a connection to this peer exists, ready or not."""
@@ -308,6 +309,40 @@ class Node(RelayingNode):
             return self._handle_peer_stun(local, remote, datagram, now)
         return self._handle_wireguard(first, local, remote, datagram, now)
 
+    # data that others sealed and opened
+
+    def handle_opened(
+        self, peer_id: str, local: Address, remote: Address, plaintext: bytes, now: float
+    ) -> tuple[str, bytes] | None:
+        """Take a packet that a session of this peer's tunnel has authenticated, padding removed; b"" is a keep-alive.
+
+        The tunnel's timers know of it already. What came through a relay came from the peer to our relayed address.
+        The result is that of `handle_network_input`.
+        """
+        connection = self._connections.by_peer.get(peer_id)
+        if connection is None:
+            return None
+        relay = self._owner_of(local)
+        if relay is not None:
+            relay.note_data_received(remote, now)
+        connection.dirty = True
+        return self._take_opened(connection, local, remote, plaintext, now)
+
+    def note_traffic(self, peer_id: str, carried: Carried, now: float) -> None:
+        """What was sent and received elsewhere since the last call has the effects it would have had here."""
+        connection = self._connections.by_peer.get(peer_id)
+        if connection is None:
+            return
+        path, received_on = connection.path, connection.received_on
+        sender = None if path is None else self._owner_of(path.local)
+        if sender is not None and carried.sent_at is not None:
+            sender.note_data_sent(carried.sent_at)
+        receiver = None if received_on is None else self._owner_of(received_on[0])
+        if receiver is not None and received_on is not None and carried.heard_at is not None:
+            receiver.note_data_received(received_on[1], carried.heard_at)
+        if connection.note_carried(carried, now) or not connection.established:
+            self._settle(connection, now)
+
     # time
 
     def handle_timeout(self, now: float) -> None:
@@ -369,6 +404,11 @@ class Node(RelayingNode):
         if not isinstance(opened, bytes):
             self._settle(connection, now)
             return opened
+        return self._take_opened(connection, local, remote, opened, now)
+
+    def _take_opened(
+        self, connection: Connection, local: Address, remote: Address, opened: bytes, now: float
+    ) -> tuple[str, bytes] | None:
         if connection.take_data(local, remote, opened, now) or not opened:
             self._settle(connection, now)
             return None
@@ -376,6 +416,7 @@ class Node(RelayingNode):
         if connection.state is State.IDLE or not connection.established:
             connection.touch(now)
             self._settle(connection, now)
+        self._publish(connection)
         return connection.peer_id, opened
 
     def _handle_wireguard(
@@ -460,9 +501,10 @@ class Node(RelayingNode):
             connection.established = True
             self._events.append(ConnectionEstablished(connection.peer_id))
         if connection.state is State.FAILED:
-            self._connections.remove(connection.peer_id)
+            self._forget(connection.peer_id)
             self._doubt_relay(connection.relay_id, now)
             self._events.append(ConnectionFailed(connection.peer_id, connection.failure or "failed"))
+        self._publish(connection)
 
     def _doubt_relay(self, relay_id: str, now: float) -> None:
         """No path, not even over the relay: it may have lost our allocation, and data would never tell."""

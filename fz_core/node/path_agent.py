@@ -8,6 +8,7 @@
     agent.note_init_accepted(local, remote, datagram, response, now)
     agent.note_response_accepted(local, remote, datagram, now)
     agent.note_data_sent(now); agent.note_data_received(local, remote, now)                  cheap, for every packet
+    agent.note_data_carried(first, last)                      instead of the former, for packets sent elsewhere
     agent.handle_probe(local, remote, packet, now)            a decrypted packet for which `is_probe` holds
     agent.handle_timeout(now); agent.poll_timeout()
     agent.poll_transmit() -> Transmit                         handshake bytes, to send as they are
@@ -213,6 +214,10 @@ class PathAgent:
     def note_data_sent(self, now: float) -> bool:
         """An IP packet leaves on the path in use. True: ask for the timeout again."""
         return self._health.note_sent(now)
+
+    def note_data_carried(self, first: float | None, last: float) -> bool:
+        """IP packets left on the path in use, and we hear of it now. True: ask for the timeout again."""
+        return self._health.note_carried(first, last)
 
     def note_data_received(self, local: Address, remote: Address, now: float) -> bool:
         """The tunnel decrypted data, a keep-alive included, but no probe. True: ask for the timeout again."""

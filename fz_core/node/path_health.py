@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
+from fz_core.node.transport import first_unheard
 from fz_core.packet import Address
 
 SILENCE = 1.0
@@ -75,13 +76,24 @@ class PathHealth:
         self._due_at = now + SILENCE
         return True
 
+    def note_carried(self, first: float | None, last: float) -> bool:
+        """Data was sent elsewhere (`Unheard.note_carried`). True if `poll_timeout` has changed."""
+        at = first_unheard(first, last, self._heard_at)
+        if at is not None and (self._waiting_since is None or at < self._waiting_since):
+            self._waiting_since = at
+        if self._due_at is not None or self._local is None:
+            return False
+        self._due_at = (last if at is None else at) + SILENCE
+        return True
+
     def note_received(self, local: Address, remote: Address, now: float) -> None:
         """An authentic data packet, a keep-alive included, but no probe request."""
-        self._heard_any_at = now
+        self._heard_any_at = max(self._heard_any_at, now)
         self._peer_inits = 0
         if remote == self._remote and local == self._local:
-            self._heard_at = now
-            self._waiting_since = None
+            self._heard_at = max(self._heard_at, now)
+            if self._waiting_since is not None and self._waiting_since <= now:
+                self._waiting_since = None
 
     # Probes
 

@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from fz_core.ice import Candidate, CandidateKind, is_usable
-from fz_core.node.connection import Connection, Outgoing, Retelling
+from fz_core.node.connection import Connection, Outgoing, Retelling, State
 from fz_core.node.events import CandidateAdded, CandidateRemoved, NodeEvent, PeerLost, PeerSilent, RelaysExhausted
 from fz_core.node.lookup import Connections
+from fz_core.node.transport import Changes, Hop, Transport
 from fz_core.packet import Address, Transmit
 from fz_core.portal.types import RelayEntry
 from fz_core.turn import (
@@ -38,6 +39,7 @@ class RelayingNode(ABC):
         self._random_bytes = random_bytes
         self._relays = Relays(random_bytes)
         self._connections = Connections()
+        self._changes = Changes()
         self._transmits: deque[Transmit] = deque()
         self._events: deque[NodeEvent] = deque()
         self._retries: dict[str, tuple[float, float]] = {}  # relays that fell silent: when to ask again, and the gap
@@ -118,12 +120,67 @@ class RelayingNode(ABC):
     def _drain_relay(self, relay: Allocation) -> None:
         while (transmit := relay.poll_transmit()) is not None:
             self._transmits.append(transmit)
+        while (remote := relay.poll_channel_change()) is not None:
+            self._changes.note_channel(remote)
 
     def _owner_of(self, relayed: Address) -> Allocation | None:
         for relay in self._relays:
             if relayed in (relay.relayed_v4, relay.relayed_v6):
                 return relay
         return None
+
+    # how data travels
+
+    def take_changed(self) -> set[str]:
+        """Peers whose `transport` may differ from what it was at the last call, those that are gone included."""
+        return self._changes.take(self._connections.by_peer)
+
+    def transport(self, peer_id: str, now: float) -> Transport | None:
+        """How data of this peer travels; None without a session. Ask again when `take_changed` names the peer."""
+        connection = self._connections.by_peer.get(peer_id)
+        if connection is None or connection.state is State.FAILED or not connection.tunnel.has_session:
+            return None
+        path, send, until = connection.path, None, float("inf")
+        if path is not None:
+            send, until = self._hop(path.local, path.remote) or (None, until)
+        if send is None or until <= now:
+            send, until = None, float("inf")
+        received = None if connection.received_on is None else self._hop(*connection.received_on)
+        return Transport(
+            peer_id, connection.index, connection.tunnel, send, until, None if received is None else received[0]
+        )
+
+    def ends_of(self, hop: Hop) -> tuple[Address, Address] | None:
+        """(local, remote) of data that came this way, as `handle_opened` takes them; None if it is no way any more."""
+        if hop.channel == 0:
+            return None if hop.local is None else (hop.local, hop.remote)
+        relay = self._relays.by_address(hop.remote)
+        return None if relay is None else relay.ends_of(hop.channel)
+
+    def _hop(self, local: Address, remote: Address) -> tuple[Hop, float] | None:
+        """How datagrams between these travel, and for how long; None without a confirmed channel."""
+        relay = self._owner_of(local)
+        if relay is None:
+            return Hop(remote, local, 0), float("inf")
+        channel = relay.confirmed_channel_to(remote)
+        if channel is None or relay.server is None:
+            return None
+        return Hop(relay.server, None, channel[0]), channel[1]
+
+    def _publish(self, connection: Connection) -> None:
+        """Notice that its data travels in another way, or with other keys."""
+        path, received_on = connection.path, connection.received_on
+        way = (path, received_on, connection.tunnel.version)
+        if way == connection.published or connection.state is State.FAILED:
+            return
+        connection.published = way
+        ends = (None if path is None else path.remote, None if received_on is None else received_on[1])
+        self._changes.note(connection.peer_id, {remote for remote in ends if remote is not None})
+
+    def _forget(self, peer_id: str) -> None:
+        """Nothing travels to or from this peer any more."""
+        if self._connections.remove(peer_id) is not None:
+            self._changes.note(peer_id, ())
 
     # what relays tell
 
@@ -206,6 +263,7 @@ class RelayingNode(ABC):
         self._retries.pop(relay_id, None)
         relay = self._relays.remove(relay_id)
         if relay is not None:
+            self._changes.note_relay_gone()
             for address in (relay.relayed_v4, relay.relayed_v6):
                 if address is not None:
                     self._withdraw(Candidate.relay(address), now)
