@@ -1,4 +1,4 @@
-# ChaCha20-Poly1305 at packet rate: no GIL, no allocation, caller's memory.
+# Lengths and the nonce of ChaCha20-Poly1305. At packet rate, see cipher.pxd.
 
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -10,17 +10,6 @@ cdef enum:
     KEY_LENGTH = 32
     NONCE_LENGTH = 12
     TAG_LENGTH = 16
-
-# Writes length + TAG_LENGTH bytes to `out`, which may be `plaintext` itself.
-cdef void seal_into(
-    uint8_t *out, const uint8_t *plaintext, Py_ssize_t length,
-    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key) noexcept nogil
-
-# Writes length - TAG_LENGTH bytes to `out`, which may be `ciphertext` itself. `length` includes the
-# tag and is at least TAG_LENGTH. Returns 0, or -1 for a forgery (then `out` is zeroed or untouched).
-cdef int open_into(
-    uint8_t *out, const uint8_t *ciphertext, Py_ssize_t length,
-    const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key) noexcept nogil
 
 
 cdef inline void write_nonce(uint8_t *nonce, uint64_t counter) noexcept nogil:

@@ -1,8 +1,8 @@
 """ChaCha20-Poly1305 with a 64-bit counter nonce, and XChaCha20-Poly1305, over libsodium.
 
 The nonce of the first is four zero bytes and the counter in little-endian (RFC 8439 section 2.8, WireGuard paper
-section 5.4.6); the second takes 24 random bytes (draft-irtf-cfrg-xchacha-03). Not here: key management, and
-counting nonces, which is the session's duty.
+section 5.4.6); the second takes 24 random bytes (draft-irtf-cfrg-xchacha-03). At handshake rate; packets go
+through `cipher.pyx`. Not here: key management, and counting nonces, which is the session's duty.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -27,7 +27,7 @@ def aead_seal(bytes key not None, uint64_t counter, plaintext, ad=b""):
         PyObject_GetBuffer(ad, &extra, PyBUF_SIMPLE)
         try:
             out = PyBytes_FromStringAndSize(NULL, message.len + TAG_LENGTH)
-            seal_into(
+            _seal(
                 <uint8_t *>PyBytes_AS_STRING(out), <const uint8_t *>message.buf, message.len,
                 <const uint8_t *>extra.buf, extra.len, counter, <const uint8_t *>PyBytes_AS_STRING(key))
             return out
@@ -48,7 +48,7 @@ def aead_open(bytes key not None, uint64_t counter, ciphertext, ad=b""):
         PyObject_GetBuffer(ad, &extra, PyBUF_SIMPLE)
         try:
             out = PyBytes_FromStringAndSize(NULL, message.len - TAG_LENGTH)
-            failed = open_into(
+            failed = _open(
                 <uint8_t *>PyBytes_AS_STRING(out), <const uint8_t *>message.buf, message.len,
                 <const uint8_t *>extra.buf, extra.len, counter, <const uint8_t *>PyBytes_AS_STRING(key))
             return None if failed else out
@@ -86,7 +86,7 @@ def xaead_open(bytes key not None, bytes nonce not None, bytes ciphertext not No
     return None if failed else out
 
 
-cdef void seal_into(
+cdef void _seal(
     uint8_t *out, const uint8_t *plaintext, Py_ssize_t length,
     const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
 ) noexcept nogil:
@@ -96,7 +96,7 @@ cdef void seal_into(
         out, NULL, plaintext, <unsigned long long>length, ad, <unsigned long long>ad_length, NULL, nonce, key)
 
 
-cdef int open_into(
+cdef int _open(
     uint8_t *out, const uint8_t *ciphertext, Py_ssize_t length,
     const uint8_t *ad, Py_ssize_t ad_length, uint64_t counter, const uint8_t *key
 ) noexcept nogil:

@@ -37,8 +37,9 @@ cdef double WORTHWHILE = 1.10
 if sodium.sodium_init() < 0:
     raise ImportError("libsodium failed to initialise: check that the system can supply randomness")
 
-VARIABLE = "FZ_CIPHER"
-LIBSODIUM, LIBCRYPTO = "libsodium", "libcrypto"
+cdef str VARIABLE = "FZ_CIPHER"
+cdef str LIBSODIUM = "libsodium"
+cdef str LIBCRYPTO = "libcrypto"
 
 # The part of OpenSSL 3's <openssl/evp.h> that is used; EVP_CIPHER and EVP_CIPHER_CTX are opaque.
 ctypedef struct Libcrypto:
@@ -112,6 +113,11 @@ cdef class PacketCipher:
 
     def __dealloc__(self):
         aead_wipe(&self._key)
+
+    @property
+    def has_context(self):
+        """Whether libcrypto has been given the key."""
+        return self._key.context != NULL
 
     def __reduce__(self):
         raise TypeError("a cipher is not picklable")

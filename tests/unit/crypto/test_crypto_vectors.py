@@ -20,6 +20,7 @@ from fz_core.crypto import (
     xaead_open,
     xaead_seal,
 )
+from fz_core.crypto.cipher import PacketCipher, cipher_libraries
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).resolve().parents[2] / "vectors" / "crypto_rfc.json").read_text())
 PACKAGE = Path(cryptography_vectors.__file__).parent
@@ -31,6 +32,15 @@ def test_rfc8439_aead() -> None:
     sealed = aead_seal(v["key"], counter, v["plaintext"], v["ad"])
     assert sealed == v["ciphertext"] + v["tag"]
     assert aead_open(v["key"], counter, sealed, v["ad"]) == v["plaintext"]
+
+
+@pytest.mark.parametrize("library", cipher_libraries())
+def test_rfc8439_packet(library: str) -> None:
+    v = {name: bytes.fromhex(text) for name, text in VECTORS["rfc8439_a5"].items()}
+    cipher = PacketCipher(v["key"], library)
+    sealed = cipher.seal(v["nonce"], v["plaintext"], v["ad"])
+    assert sealed == v["ciphertext"] + v["tag"]
+    assert cipher.open(v["nonce"], sealed, v["ad"]) == v["plaintext"]
 
 
 def test_xchacha_draft() -> None:
@@ -88,6 +98,22 @@ def test_package_chacha20_poly1305() -> None:
             assert aead_seal(key, counter, plaintext, ad) == sealed
         expected = None if "FAILS" in v else plaintext
         assert aead_open(key, counter, sealed, ad) == expected
+
+
+@pytest.mark.parametrize("library", cipher_libraries())
+def test_package_chacha20_poly1305_of_packets(library: str) -> None:
+    used = 0
+    for v in records(PACKAGE / "ciphers" / "ChaCha20Poly1305" / "boringssl.txt"):
+        nonce, ad, plaintext = value(v["NONCE"]), value(v.get("AD", "")), value(v.get("IN", ""))
+        sealed = value(v.get("CT", "")) + value(v["TAG"])
+        if len(nonce) != 12 or len(sealed) < 16:
+            continue
+        cipher = PacketCipher(value(v["KEY"]), library)
+        if "NO_SEAL" not in v:
+            assert cipher.seal(nonce, plaintext, ad) == sealed
+        assert cipher.open(nonce, sealed, ad) == (None if "FAILS" in v else plaintext)
+        used += 1
+    assert used > 50
 
 
 def test_package_x25519() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fz_core.crypto import aead_open, aead_seal, x25519, xaead_open, xaead_seal
+from fz_core.crypto.cipher import PacketCipher, cipher_libraries
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "vectors" / "wycheproof"
 
@@ -31,6 +32,25 @@ def test_chacha20_poly1305() -> None:
             assert aead_seal(key, counter, plaintext, ad) == sealed, t["tcId"]
         used += 1
     assert used == 10
+
+
+@pytest.mark.parametrize("library", cipher_libraries())
+def test_chacha20_poly1305_of_packets(library: str) -> None:
+    """With any nonce; each library that packets may go through."""
+    used = 0
+    for group, t in cases("chacha20_poly1305_test.json"):
+        key, ad, plaintext, sealed = aead_fields(t)
+        nonce, cipher = bytes.fromhex(t["iv"]), PacketCipher(key, library)
+        if group["ivSize"] != 96:
+            with pytest.raises(ValueError, match="nonce"):
+                cipher.open(nonce, sealed, ad)
+            continue
+        assert cipher.open(nonce, sealed, ad) == (plaintext if t["result"] == "valid" else None), t["tcId"]
+        if t["result"] == "valid":
+            assert cipher.seal(nonce, plaintext, ad) == sealed, t["tcId"]
+            assert cipher.has_context == (library == "libcrypto")
+        used += 1
+    assert used > 300
 
 
 def test_xchacha20_poly1305() -> None:
