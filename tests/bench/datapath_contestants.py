@@ -23,8 +23,9 @@ from pathlib import Path
 
 from fz_core.lab import Host, Lab, LabError
 from fz_core.lab.processes import Process
-from fz_core.lab.system import Programs, Shape, System
+from fz_core.lab.system import Programs, Shape, System, ours
 from fz_core.lab.topology import Router
+from tests.bench.coturn_dialect import coturn
 
 SERVER = {4: "10.20.0.80", 6: "fd20::80"}
 RESOURCE_NETS = ("10.20.0.0/24", "fd20::/64")
@@ -78,10 +79,13 @@ def contestants(settings: Settings) -> tuple[dict[str, Contestant], dict[str, st
                 found[f"pump, {cipher}, {threads}"] = partial(pump, settings.pump_source, cipher, threads)
     else:
         left_out["pump"] = "no --pump-source"
-    ours, slow = Programs(), {"FZ_FASTPATH": "off"}
-    found["ours, direct"] = partial(firezone, ours)
-    found["ours, direct, no fast path"] = partial(firezone, ours, env=slow)
-    found["ours, relayed"] = partial(firezone, ours, relayed=True)
+    found["ours, direct"] = partial(firezone, Programs())
+    found["ours, direct, no fast path"] = partial(firezone, Programs(), env={"FZ_FASTPATH": "off"})
+    found["ours, relayed"] = partial(firezone, Programs(), relayed=True)
+    if shutil.which("turnserver"):
+        found["ours, through coturn"] = through_coturn
+    else:
+        left_out["coturn"] = "needs turnserver"
     if settings.peers is None:
         left_out["official"] = "no --peers"
         return found, left_out
@@ -186,22 +190,50 @@ def firezone(programs: Programs, *, relayed: bool = False, env: Mapping[str, str
     """Client, gateway, relay and portal."""
     with Lab() as lab:
         system = System(lab, programs, Shape())
-        variables = NO_LIMITS_RAISED | dict(env or {})
         system.start_portal()
         system.start_relay(0)
-        gateway = system.add_gateway("gateway", 31, env=variables)
-        client = system.add_client("client", 30, env=variables)
-        if relayed:
-            system.block_direct()
-        assert gateway.server is not None
-        carriers = {"client": client.process, "gateway": gateway.process}
-        if relayed:
-            carriers["relay"] = system.relays[0]
-        ends = Ends(client.host, gateway.server, client.router, carriers)
-        ends.relayed_bytes = lambda: sum(system.relay_bytes())
-        _until_reached(ends)
-        time.sleep(SETTLE)
-        yield ends
+        yield _paired(system, relay=system.relays[0] if relayed else None, env=env)
+
+
+@contextmanager
+def through_coturn() -> Iterator[Ends]:
+    """Our pair, over IPv4, relayed by coturn; our relay only tells the portal that there is one."""
+    dialect = ours("tests.bench.coturn_dialect")
+    aside = ("--bind-ip4-addr", "127.0.0.1")
+    programs = Programs(
+        gateway=(*dialect, "fz_gateway"),
+        client=(*dialect, "fz_headless"),
+        relay=(*dialect, "fz_core.commands.relay", *aside),
+        portal=(*dialect, "fz_core.commands.portal"),
+    )
+    with Lab() as lab:
+        system = System(lab, programs, Shape(relay_families=(4,)))
+        system.start_portal()
+        system.start_relay(0)
+        host = system.relay_hosts[0]
+        assert host.ipv4 is not None
+        # coturn ends an allocation whose data has no route, and private candidates have none here.
+        host.ip("link", "add", "void", "type", "bridge")
+        host.ip("link", "set", "void", "arp", "off", "up")
+        host.ip("route", "add", "default", "dev", "void")
+        yield _paired(system, relay=host.spawn("coturn", coturn(host.ipv4)))
+
+
+def _paired(system: System, *, relay: Process | None, env: Mapping[str, str] | None = None) -> Ends:
+    """A gateway and a client that have found each other, through the relay if there is one."""
+    variables = NO_LIMITS_RAISED | dict(env or {})
+    gateway = system.add_gateway("gateway", 31, env=variables)
+    client = system.add_client("client", 30, env=variables)
+    carriers = {"client": client.process, "gateway": gateway.process}
+    if relay is not None:
+        system.block_direct()
+        carriers["relay"] = relay
+    assert gateway.server is not None
+    ends = Ends(client.host, gateway.server, client.router, carriers)
+    ends.relayed_bytes = lambda: sum(system.relay_bytes())
+    _until_reached(ends)
+    time.sleep(SETTLE)
+    return ends
 
 
 class _Sites:

@@ -145,7 +145,7 @@ TABLES: dict[str, list[Column]] = {
         ("relay", both(CPU + "relay")),
         ("retransmits", both("tcp/IPv4/1/{way}/retransmits")),
     ],
-    "UDP: datagrams per second that came while more were offered, and loss at half of that rate; "
+    "UDP: the most datagrams per second that came, whatever was offered, and loss at half of that rate; "
     "Mbit/s that came of 1 Gbit/s offered in datagrams of 1200 bytes:": [
         *((f"{size} B {way}", datagrams(way, size)) for way in ("up", "down") for size in (64, 512, 1200)),
         ("1 Gbit/s up", gigabit("up")),
