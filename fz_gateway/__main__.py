@@ -29,6 +29,7 @@ masquerading on this host are the administrator's: see docs/gateway.md for the r
 environment besides the options:
   FZFF_GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS=false  resolve names with the system's functions, cached 30 s
   FZFF_ICMP_UNREACHABLE_INSTEAD_OF_NAT64=true      no translation between IPv4 and IPv6
+  FZ_CIPHER=libsodium|libcrypto                    what seals and opens full packets; default: the faster one
 exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 

@@ -28,6 +28,8 @@ commands:
 
 The token is read from FIREZONE_TOKEN, else from the file --token-path, which must belong to root and
 be closed to everybody else.
+environment besides the options:
+  FZ_CIPHER=libsodium|libcrypto  what seals and opens full packets; default: the faster one
 exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 

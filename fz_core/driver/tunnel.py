@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from fz_core.crypto import PrivateKey
+from fz_core.crypto import PrivateKey, cipher_error, cipher_name
 from fz_core.driver import clock
 from fz_core.driver.config import ConfigError, Role, Start, TunnelConfig, TunnelFailed
 from fz_core.driver.flow_log import log_record
@@ -90,6 +90,8 @@ class Tunnel:
     """One tunnel. Construct it anywhere, `run` it inside trio, once."""
 
     def __init__(self, config: TunnelConfig) -> None:
+        if (error := cipher_error()) is not None:
+            raise ConfigError(error)
         self._config = config
         spool, unix_epoch = config.flow_log_dir, clock.unix_epoch()
         start = Start(PrivateKey(secrets.token_bytes(32)), clock.now(), unix_epoch, secrets.token_bytes)
@@ -166,6 +168,7 @@ class Tunnel:
             stack.callback(loop.close)
             if self._is_stopping:
                 loop.stop()
+            log.debug("Packets are sealed and opened", library=cipher_name())
             try:
                 self._names = await self._side.open_names(loop.submit, self._sockets)
                 self._link = PortalLink(

@@ -5,6 +5,7 @@ The published vectors run through both in test_crypto_vectors.py and test_wychep
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import subprocess
@@ -144,6 +145,16 @@ def test_misuse_is_refused(library: str | None) -> None:
         cipher.__reduce__()
 
 
+def test_freed_keys_give_their_contexts_back(library: str | None) -> None:
+    """A context has about 1.1 KB."""
+    before = 0
+    for i in range(22_000):
+        seal(PacketCipher(KEY, library), bytes(SHORTEST_FOR_LIBCRYPTO), i)
+        if i == 2000:
+            before = resident_bytes()
+    assert resident_bytes() - before < 6 << 20
+
+
 # which library
 
 TELL = "import fz_core.crypto as c; print(c.cipher_name(), c.cipher_error())"
@@ -190,6 +201,17 @@ def test_a_libcrypto_without_the_cipher_is_none(tmp_path: Path) -> None:
     assert "cannot be used" in told(strict | {"FZ_CIPHER": "libcrypto"})
 
 
+def test_a_libcrypto_with_the_cipher_is_found() -> None:
+    """Else what it did wrong would only skip tests."""
+    try:
+        fetch = ctypes.CDLL("libcrypto.so.3").EVP_CIPHER_fetch
+    except OSError:
+        pytest.skip("no libcrypto.so.3 on this system")
+    fetch.restype = ctypes.c_void_p
+    has_cipher = fetch(None, b"ChaCha20-Poly1305", None) is not None
+    assert ("libcrypto" in cipher_libraries()) == has_cipher or os.environ.get("FZ_CIPHER") == "libsodium"
+
+
 @pytest.mark.skipif("libcrypto" not in cipher_libraries(), reason="no libcrypto on this system")
 def test_every_library_is_measured() -> None:
     for name in LIBRARIES:
@@ -205,6 +227,11 @@ def told(variables: dict[str, str]) -> str:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return run.stdout.strip()
+
+
+def resident_bytes() -> int:
+    """Of this process, by /proc/self/statm."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def seal(cipher: PacketCipher, plaintext: bytes, counter: int) -> bytes:

@@ -67,6 +67,13 @@ def test_an_unknown_scheme_is_a_run_time_error() -> None:
     assert "use ws, wss, http or https" in result.stderr
 
 
+def test_an_unknown_cipher_library_is_a_run_time_error() -> None:
+    result = run(CLIENT, "-i", "x", FIREZONE_TOKEN="t", FZ_CIPHER="openssl")
+    assert result.returncode == 1
+    assert "FZ_CIPHER: 'openssl' is not a library for ciphers, use libsodium or libcrypto" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 @pytest.mark.root
 def test_a_gateway_without_token_says_where_it_looked() -> None:
     result = run(GATEWAY, "--no-inc-buf", "-i", "x")
