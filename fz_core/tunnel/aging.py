@@ -39,6 +39,15 @@ class Aging(Generic[K]):
         self._used_at[key] = now
         self._used_at.move_to_end(key)
 
+    def note(self, key: K, at: float) -> None:
+        """Hear of a use a little later; of an unknown key nothing is noted.
+
+        Where other keys were used since, it counts as of then, so that the order stays that of the times.
+        """
+        used_at = self._used_at.get(key)
+        if used_at is not None and at > used_at:
+            self.touch(key, max(at, self._used_at[next(reversed(self._used_at))]))
+
     def remove(self, key: K) -> bool:
         """Forget a key; whether it was known."""
         return self._used_at.pop(key, None) is not None

@@ -41,6 +41,13 @@ from fz_core.tunnel.status import resource_views
 from fz_core.tunnel.traffic import is_classifiable, outbound
 
 EAGER_NAMES = 100
+ABOUT_PATHS = (
+    messages.RelaysPresence,
+    messages.GatewayIceCandidates,
+    messages.ClientIceCandidates,
+    messages.InvalidateGatewayIceCandidates,
+    messages.InvalidateClientIceCandidates,
+)
 
 
 class ClientTunnel(PeerTunnel):
@@ -57,12 +64,14 @@ class ClientTunnel(PeerTunnel):
     ) -> None:
         super().__init__(private_key, now, unix_epoch, random_bytes, flows=flows)
         self._dns = ClientDns(self._names, self, self.drops, random_bytes)
-        self._setups = NameSetups()
+        self._setups = NameSetups(self._void_peer)
         self._config: Latest[TunConfigChanged] = Latest()
 
     # commands
 
     def _handle_message(self, message: messages.Inbound, now: float) -> None:
+        if not isinstance(message, ABOUT_PATHS):
+            self._void()
         match message:
             case messages.Init():
                 self._init(message, now)
@@ -117,6 +126,7 @@ class ClientTunnel(PeerTunnel):
 
     def set_internet_resource(self, active: bool, now: float) -> None:
         """Switch the internet resource on or off; remembered even before it exists."""
+        self._void()
         switched_off = self.resources.set_internet_active(active)
         if switched_off is not None:
             self._release_resource(switched_off, now)
@@ -126,6 +136,7 @@ class ClientTunnel(PeerTunnel):
     def set_system_resolvers(self, ips: Iterable[bytes], now: float) -> None:
         """The host's own name servers; used for names that are no resource's if the portal names no servers."""
         if self._dns.set_system_resolvers(ips):
+            self._void()
             self._config.is_due = True
 
     def handle_portal_disconnected(self, now: float) -> None:
@@ -152,6 +163,7 @@ class ClientTunnel(PeerTunnel):
         The owner gives us new sockets before this and a new link to the portal after it, with `public_key`; what was in
         use is asked for again as soon as that stands. Source: `spec/connectivity.md` §8.9, `spec/io.md` §3.9.
         """
+        self._void()
         busy = [peer_id for peer_id in self.node.peers if self.node.is_busy(peer_id)]
         self._resume += self._pending.unanswered()
         self._resume += [key for peer_id in busy for key in self._keys_of(peer_id)]
@@ -164,6 +176,7 @@ class ClientTunnel(PeerTunnel):
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
+        self._void()
         self.flows.shutdown(now)
         for peer_id in self.node.peers:
             self.node.close(peer_id, control.Goodbye().build().data, now)
@@ -183,6 +196,7 @@ class ClientTunnel(PeerTunnel):
             self._sites.handle_timeout(now)
             self._views.is_due = True
         for client_id, resource_id in self._peers.expire(now):
+            self._void_peer(client_id)
             self._events.append(AccessEnded(client_id, resource_id, "expired"))
             self._dismiss_if_unused(client_id)
         self._collect(now)
@@ -239,17 +253,17 @@ class ClientTunnel(PeerTunnel):
         if peer is not None:
             decision = peer.access.decide_outbound(packet, peer.flows, now)
             if decision is PeerDecision.ACCEPT:
-                reason = self._send(peer.id, packet, now, routed=False)
-                if reason is None and self.flows.tracker is not None:
-                    self.flows.tracker.handle_rx(peer.id, packet, now)
-                return reason
+                return self._send_in_flow_of(peer, packet, now)
             if isinstance(decision, DropReason):
                 return decision
         elif not is_classifiable(packet):
             return DropReason.UNSUPPORTED_PROTOCOL
         gateway_id = self._gateways.by_tunnel_ip(dst)
         if gateway_id is not None:
-            return self._send(gateway_id, packet, now, routed=False)
+            reason = self._send(gateway_id, packet, now, routed=False)
+            if self._may_offer and reason is None and peer is None:
+                self._verdict = self._draft(gateway_id, packet, now, is_inbound=False)
+            return reason
         target = self.resources.route(dst, *outbound(packet))
         if target is None:
             return DropReason.UNKNOWN_RESOURCE
@@ -258,6 +272,8 @@ class ClientTunnel(PeerTunnel):
             return None
         if target.via is Via.DEVICE:
             return self._route_to_device(target, peer, packet, now)
+        if peer is not None:
+            self._may_offer = False  # should the peer open a flow like this, the next packet belongs to that
         return self._route_to_gateway(target, packet, now)
 
     def _route_to_gateway(self, target: Target, packet: Packet, now: float) -> DropReason | None:
@@ -265,16 +281,31 @@ class ClientTunnel(PeerTunnel):
         if gateway_id is None:
             self._request(AccessKey(target.resource_id), now, packet=packet)
             return None
+        key = None
         if target.name is not None:
             key = SetupKey(gateway_id, target.name.name, target.resource_id)
             may_go, announcement = self._setups.handle_packet(key, target.name, packet, now)
             self._announce(gateway_id, announcement, now)
             if not may_go:
                 return None
-        if packet.dst_port == DNS_PORT and self._dns.is_upstream(packet.dst):
-            return self._send(gateway_id, packet, now, routed=True)  # our own questions are nobody's flow
-        name = None if target.name is None else target.name.name
-        return self._send_flow(gateway_id, target.resource_id, packet, now, name)
+        is_own = packet.dst_port == DNS_PORT and self._dns.is_upstream(packet.dst)
+        if is_own:
+            reason = self._send(gateway_id, packet, now, routed=True)  # our own questions are nobody's flow
+        else:
+            name = None if target.name is None else target.name.name
+            reason = self._send_flow(gateway_id, target.resource_id, packet, now, name)
+        if self._may_offer and reason is None:
+            self._offer_outbound(gateway_id, key, packet, now, is_tracked=not is_own)
+        return reason
+
+    def _offer_outbound(
+        self, gateway_id: str, setup: SetupKey | None, packet: Packet, now: float, *, is_tracked: bool
+    ) -> None:
+        verdict = self._draft(gateway_id, packet, now, is_inbound=False)
+        if verdict is None or (setup is not None and not self._setups.support(verdict, setup)):
+            return
+        if not is_tracked or self.flows.support(verdict, is_tx=True):
+            self._verdict = verdict
 
     def _announce(self, gateway_id: str, announcement: control.AssignedIps | None, now: float) -> None:
         if announcement is not None:
@@ -289,6 +320,7 @@ class ClientTunnel(PeerTunnel):
     def handle_name_answered(self, entry: NameEntry, now: float) -> None:
         """Somebody was told the proxy addresses of a name: its gateways must know them."""
         if self._names.take_changed():
+            self._void()  # addresses that meant nothing, or another name
             record = DnsRecord(entry.name, entry.recorded, (*entry.v4, *entry.v6))
             self._events.append(DnsRecordsChanged((record,)))
         self._renew_name(entry, now)
@@ -333,6 +365,10 @@ class ClientTunnel(PeerTunnel):
         if self.flows.tracker is not None:
             self.flows.tracker.handle_rx(peer_id, packet, now)
         self._deliver(packet, ecn)
+        if self._may_offer:
+            verdict = self._draft(peer_id, packet, now, is_inbound=True)
+            if verdict is not None and self.flows.support(verdict, is_tx=False):
+                self._verdict = verdict
         return None
 
     def _may_send(self, gateway_id: str, source: bytes) -> bool:
@@ -495,6 +531,7 @@ class ClientTunnel(PeerTunnel):
         if peer is None:
             self._forget_peer(peer_id, reason, now)
             return
+        self._void_peer(peer_id)
         peer.pools.clear()
         self._waiting.close(peer_id)
         self._views.is_due = True
@@ -510,6 +547,7 @@ class ClientTunnel(PeerTunnel):
         self._replay(routed, now)
 
     def _forget_peer(self, peer_id: str, reason: str, now: float) -> None:
+        self._void_peer(peer_id)
         self.flows.end_peer(peer_id, now)
         self._candidates.forget(peer_id)
         self._waiting.close(peer_id)

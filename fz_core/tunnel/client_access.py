@@ -17,6 +17,7 @@ from fz_core.tunnel.proxies import ProxiedName, Proxies
 from fz_core.tunnel.ranges import INTERNET_REJECTED_RANGE, PEER_RANGE, PROXY_RANGE, is_multicast
 from fz_core.tunnel.routing import Route, RoutingTable
 from fz_core.tunnel.traffic import inbound, is_classifiable, outbound
+from fz_core.tunnel.verdict import FOREVER, Verdict
 
 SHARED_TERMS = 8192
 MAX_SETTLED = 1024
@@ -63,15 +64,21 @@ class Grant:
 
 
 class ClientAccess:
-    """The access list of one client. It outlives connections; only revocation, expiry or goodbye end it."""
+    """The access list of one client. It outlives connections; only revocation, expiry or goodbye end it.
 
-    def __init__(self, client_ips: tuple[bytes, bytes], own_ips: tuple[bytes, bytes]) -> None:
+    Verdicts that stood on a translated flow go to `revoked` when it ends. Of all else the owner knows when it changes.
+    """
+
+    def __init__(
+        self, client_ips: tuple[bytes, bytes], own_ips: tuple[bytes, bytes], revoked: list[Verdict] | None = None
+    ) -> None:
         self.client_ips = client_ips
         self.own_ips = own_ips
         self._grants: dict[str, Grant] = {}
         self._routes = RoutingTable()
         self._proxies = Proxies()
         self._nat: NatTable | None = None
+        self._revoked = revoked
         self._has_internet = False
         self._first_expiry: float | None = None
         self._settled: set[tuple[bytes, int, int]] = set()  # traffic by network that passes; for packet rates
@@ -166,7 +173,7 @@ class ClientAccess:
         if self._proxies.assign(resource_id, name, proxy_ips, real, mix=mix) and self._nat is not None:
             self._nat.clear()
         if self._nat is None:
-            self._nat = NatTable(self.client_ips)
+            self._nat = NatTable(self.client_ips, revoked=self._revoked)
         if renew_at is not None and proxy_ips and (proxy := self._proxies.get(proxy_ips[0])) is not None:
             proxy.renew_at = renew_at
 
@@ -260,6 +267,20 @@ class ClientAccess:
             return verdict.route.resource_id, None
         internet = (i for i, g in self._grants.items() if isinstance(g.terms.resource, InternetResource))
         return next(((i, None) for i in internet), None)
+
+    @property
+    def lasts_until(self) -> float:
+        """Until when everything granted now stays granted, by what is known now."""
+        return FOREVER if self._first_expiry is None else self._first_expiry
+
+    def support(self, verdict: Verdict) -> bool:
+        """Whether packets like one that just passed need not be seen here; see `NatTable.support`."""
+        before = verdict.before
+        if self._nat is None:
+            return True
+        if verdict.is_inbound:
+            return verdict.after == before or self._nat.support(verdict)
+        return before.src in self.own_ips or self._nat.support(verdict)
 
     def admit(self, packet: Packet, now: float) -> Packet | TooBig | DropReason:
         """A packet from this host or its network, as the client shall see it, or why it may not (§14, from TUN)."""

@@ -38,6 +38,7 @@ from fz_core.tunnel.resources import Resources, Target, Via
 from fz_core.tunnel.role import TunnelRole, connection_parameters
 from fz_core.tunnel.status import Sites
 from fz_core.tunnel.traffic import outbound
+from fz_core.tunnel.verdict import FOREVER, FlowKey, Verdict, is_plain
 from fz_core.tunnel.waiting import WaitingPackets
 
 MAX_RESUMED = 32
@@ -62,7 +63,7 @@ class PeerTunnel(TunnelRole):
         self.resources = Resources(self._names)
         self._sites = Sites()
         self._gateways = Gateways()
-        self._peers = PeerClients()
+        self._peers = PeerClients(self._revoked)
         self._pending = PendingAuthorizations()
         self._refused_at: dict[AccessKey, float] = {}
         self._waiting = WaitingPackets()
@@ -82,6 +83,7 @@ class PeerTunnel(TunnelRole):
 
     def _send(self, peer_id: str, packet: Packet, now: float, *, routed: bool) -> DropReason | None:
         if self._waiting.push(peer_id, packet, routed=routed):
+            self._may_offer = False
             return None
         return self._transmit(peer_id, packet, now)
 
@@ -90,11 +92,21 @@ class PeerTunnel(TunnelRole):
     ) -> DropReason | None:
         """Send what was routed to a resource; a packet that waits becomes part of a flow when it is sent."""
         if self._waiting.push(peer_id, packet, routed=True):
+            self._may_offer = False
             return None
         reason = self._transmit(peer_id, packet, now)
         if reason is None and self.flows.tracker is not None:
             self.flows.note_tx(peer_id, resource_id, packet, self.node.path(peer_id), now, domain=domain)
         return reason
+
+    def _draft(
+        self, peer_id: str, packet: Packet, now: float, *, is_inbound: bool, until: float = FOREVER
+    ) -> Verdict | None:
+        """A verdict about a packet that passed as it is, if packets like it can be carried by others."""
+        if not is_plain(packet) or until <= now:
+            return None
+        key = FlowKey.of(packet)
+        return Verdict(is_inbound, peer_id, key, key, until)
 
     def _request(
         self, key: AccessKey, now: float, *, packet: Packet | None = None, query: SiteAsker | None = None
@@ -127,6 +139,7 @@ class PeerTunnel(TunnelRole):
             self._waiting.open(peer_id)
 
     def _replay(self, packets: list[Packet], now: float) -> None:
+        self._may_offer = False  # these are not the packet in hand
         for packet in packets:
             self._note_drop(self._route(packet, now))
 
@@ -201,7 +214,26 @@ class PeerTunnel(TunnelRole):
             self._request(AccessKey(target.resource_id, packet.dst), now, packet=packet)
             return None
         peer.flows.handle_outbound(packet, now)
-        return self._send_flow(peer.id, target.resource_id, packet, now)
+        reason = self._send_flow(peer.id, target.resource_id, packet, now)
+        if self._may_offer and reason is None:
+            self._offer_peer(peer, packet, now, is_inbound=False, is_tx=True)
+        return reason
+
+    def _send_in_flow_of(self, peer: PeerClient, packet: Packet, now: float) -> DropReason | None:
+        """An answer in a flow that the peer opened."""
+        reason = self._send(peer.id, packet, now, routed=False)
+        if reason is None and self.flows.tracker is not None:
+            self.flows.tracker.handle_rx(peer.id, packet, now)
+        if self._may_offer and reason is None:
+            self._offer_peer(peer, packet, now, is_inbound=False, is_tx=False)
+        return reason
+
+    def _offer_peer(self, peer: PeerClient, packet: Packet, now: float, *, is_inbound: bool, is_tx: bool) -> None:
+        """A packet passed from or to a peer client; `is_tx` if from the one that opened the flow."""
+        until = peer.access.next_expiry()
+        verdict = self._draft(peer.id, packet, now, is_inbound=is_inbound, until=FOREVER if until is None else until)
+        if verdict is not None and peer.flows.support(verdict, now) and self.flows.support(verdict, is_tx=is_tx):
+            self._verdict = verdict
 
     def _accept_from_peer(self, peer: PeerClient, packet: Packet, ecn: int, now: float) -> DropReason | None:
         decision = peer.access.decide_inbound(packet, self._own_ips, peer.ips, peer.flows, now)
@@ -215,6 +247,8 @@ class PeerTunnel(TunnelRole):
         if self.flows.tracker is not None:
             self._note_from_peer(peer, packet, now)
         self._deliver(packet, ecn)
+        if self._may_offer:
+            self._offer_peer(peer, packet, now, is_inbound=True, is_tx=not peer.flows.is_reply(packet, now))
         return None
 
     def _note_from_peer(self, peer: PeerClient, packet: Packet, now: float) -> None:
@@ -292,6 +326,7 @@ class PeerTunnel(TunnelRole):
     def _end_grant(self, client_id: str, resource_id: str, reason: str) -> None:
         peer = self._peers.get(client_id)
         if peer is not None and peer.access.revoke(resource_id):
+            self._void_peer(client_id)
             self._events.append(AccessEnded(client_id, resource_id, reason))
             self._dismiss_if_unused(client_id)
 

@@ -7,19 +7,24 @@ passes count it as traffic of its flow.
 
 from __future__ import annotations
 
+from functools import partial
+
 from fz_core.packet import IcmpError, Packet
 from fz_core.tunnel.aging import Aging, earliest, longest_unused
+from fz_core.tunnel.verdict import Basis, Verdict
 
 
 class ConnTrack:
     """Flows we opened and flows the peer opened; each kind holds at most half of `max_flows`, the oldest goes.
 
-    A lapsed flow is never found, whether or not `handle_timeout` ran since; that only frees memory.
+    A lapsed flow is never found, whether or not `handle_timeout` ran since; that only frees memory. Verdicts that
+    stood on a flow go to `revoked` when it is forgotten.
     """
 
-    def __init__(self, max_flows: int = 65536) -> None:
-        self._ours = FlowTable(max_flows // 2)
-        self._theirs = FlowTable(max_flows // 2)
+    def __init__(self, max_flows: int = 65536, revoked: list[Verdict] | None = None) -> None:
+        revoked = [] if revoked is None else revoked
+        self._ours = FlowTable(max_flows // 2, revoked)
+        self._theirs = FlowTable(max_flows // 2, revoked)
 
     def __len__(self) -> int:
         return len(self._ours) + len(self._theirs)
@@ -56,6 +61,12 @@ class ConnTrack:
             return False
         return self._is_known((error.protocol, error.dst_port, error.src_port, error.dst, error.src), now)
 
+    def support(self, verdict: Verdict, now: float) -> bool:
+        """Let a verdict about a packet that was just counted stand on its flow; False if there is none."""
+        key = verdict.before.back if verdict.is_inbound else verdict.before
+        flow = key.protocol, key.src_port, key.dst_port, key.src, key.dst
+        return any(table.support(verdict, flow, now) for table in (self._ours, self._theirs))
+
     def handle_timeout(self, now: float) -> None:
         """Forget lapsed flows."""
         self._ours.sweep(now)
@@ -67,8 +78,8 @@ class ConnTrack:
 
     def clear(self) -> None:
         """Forget every flow."""
-        for queue in (*self._ours.queues, *self._theirs.queues):
-            queue.clear()
+        self._ours.clear()
+        self._theirs.clear()
 
     def _is_known(self, flow: Flow, now: float) -> bool:
         return self._ours.is_live(flow, now) or self._theirs.is_live(flow, now)
@@ -77,8 +88,10 @@ class ConnTrack:
 class FlowTable:
     """Flows of one opener, with the lifetime of their protocol. What has no ports is never stored."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, revoked: list[Verdict]) -> None:
         self._capacity = capacity
+        self._revoked = revoked
+        self._bases: dict[Flow, Basis] = {}
         self._tcp: Aging[Flow] = Aging(TCP_TTL)
         self._other: Aging[Flow] = Aging(UDP_AND_ICMP_TTL)
         self.queues = (self._tcp, self._other)
@@ -107,9 +120,33 @@ class FlowTable:
                 self._evict()
         self._queue(flow).touch(flow, now)
 
+    def support(self, verdict: Verdict, flow: Flow, now: float) -> bool:
+        queue = self._queue(flow)
+        if not queue.is_live(flow, now):
+            return False
+        verdict.stand_on(queue.ttl, partial(self._note, flow))
+        self._bases.setdefault(flow, Basis()).bear(verdict, self._revoked)
+        return True
+
     def sweep(self, now: float) -> None:
         for queue in self.queues:
-            queue.sweep(now)
+            for flow in queue.sweep(now):
+                self._forget(flow)
+
+    def clear(self) -> None:
+        for queue in self.queues:
+            queue.clear()
+        for flow in list(self._bases):
+            self._forget(flow)
+
+    def _note(self, flow: Flow, _packets: int, _payload_bytes: int, last_at: float) -> None:
+        self._queue(flow).note(flow, last_at)
+
+    def _forget(self, flow: Flow) -> None:
+        """A flow that is in no queue any more."""
+        basis = self._bases.pop(flow, None)
+        if basis is not None:
+            basis.revoke(self._revoked)
 
     def _queue(self, flow: Flow) -> Aging[Flow]:
         return self._tcp if flow[0] == TCP else self._other
@@ -117,7 +154,9 @@ class FlowTable:
     def _evict(self) -> None:
         queue = longest_unused(*self.queues)
         if queue is not None and queue.oldest is not None:
-            queue.remove(queue.oldest.key)
+            flow = queue.oldest.key
+            queue.remove(flow)
+            self._forget(flow)
 
 
 Flow = tuple[int, int, int, bytes, bytes]

@@ -19,12 +19,13 @@ from fz_core.packet import Packet
 from fz_core.portal.types import NO_FLOW_LOGS, FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken
 from fz_core.tunnel.flows import FlowTracker
+from fz_core.tunnel.verdict import Verdict
 
 
 class FlowTracking:
     """Tracks while the portal wants uploads and there is a spool for them, or while `is_local`: the log wants them.
 
-    With either, somebody must drain `poll_record`.
+    With either, somebody must drain `poll_record`. Verdicts that stood on a flow that ended are in `revoked`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FlowTracking:
         # As text until the first flow needs it: most grants of a big gateway are idle.
         self._tokens: dict[str, dict[tuple[str, bool], str | IngestToken | None]] = {}
         self._records: deque[FlowRecord] = deque()
+        self.revoked: list[Verdict] = []
         self.tracker: FlowTracker | None = self._new_tracker() if is_local else None
 
     def configure(self, settings: FlowLogs, now: float) -> bool:
@@ -104,6 +106,15 @@ class FlowTracking:
         scope = (peer_id, resource_id) if self._role == "gateway" else peer_id
         self.tracker.handle_tx(scope, packet, token, path, now, domain=domain, opened_by_peer=opened_by_peer)
 
+    def support(self, verdict: Verdict, *, is_tx: bool) -> bool:
+        """Whether a flow table may carry what a verdict is about; what it carries will be counted.
+
+        False while the next packet may start a flow: that needs a token, and where one is learnt verdicts are void.
+        """
+        if self.tracker is None or self.tracker.support(verdict, is_tx=is_tx):
+            return True
+        return not self.tracker.has_flows(verdict.peer_id) and not any(self._tokens.get(verdict.peer_id, {}).values())
+
     def _token(self, peer_id: str, key: tuple[str, bool]) -> IngestToken | None:
         tokens = self._tokens.get(peer_id, {})
         token = tokens.get(key)
@@ -129,4 +140,4 @@ class FlowTracking:
         return None if self.tracker is None else self.tracker.poll_record()
 
     def _new_tracker(self) -> FlowTracker:
-        return FlowTracker(self._role, self._unix_epoch)
+        return FlowTracker(self._role, self._unix_epoch, revoked=self.revoked)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from typing import Literal
@@ -21,6 +22,7 @@ from typing import Literal
 from fz_core.node.connection import Path
 from fz_core.packet import Address, Packet
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, Outer, OuterPath, RecordKind
+from fz_core.tunnel.verdict import Basis, Verdict
 
 Scope = str | tuple[str, str]
 
@@ -29,13 +31,21 @@ class FlowTracker:
     """All flows of one client or gateway. One mutation, then drain `poll_record`, then wait for `poll_timeout`.
 
     A scope is the peer's id on a client, `(client id, resource id)` on a gateway. Of more than `max_flows`
-    flows the one unused for longest ends early; `evictions` counts these.
+    flows the one unused for longest ends early; `evictions` counts these. Verdicts that stood on a flow go to
+    `revoked` when it ends, or when its end is near.
     """
 
-    def __init__(self, role: Literal["client", "gateway"], unix_epoch: float, max_flows: int = 65536) -> None:
+    def __init__(
+        self,
+        role: Literal["client", "gateway"],
+        unix_epoch: float,
+        max_flows: int = 65536,
+        revoked: list[Verdict] | None = None,
+    ) -> None:
         self._is_gateway = role == "gateway"
         self._unix_epoch = unix_epoch
         self._max_flows = max_flows
+        self._revoked = [] if revoked is None else revoked
         self._flows: dict[Key, Flow] = {}
         self._by_peer: dict[str, dict[Key, Flow]] = {}
         self._records: deque[FlowRecord] = deque()
@@ -124,6 +134,40 @@ class FlowTracker:
         if flow.key[1] == TCP and (flags := packet.tcp_flags) & FIN_OR_RST:
             self._note_flags(flow, flags, RX_FIN, now)
 
+    # packets that a flow table carries
+
+    def support(self, verdict: Verdict, *, is_tx: bool) -> bool:
+        """Let a verdict about a packet that was just counted stand on its flow; False if no flow goes on.
+
+        Flows are named as the resource sees them: a gateway translates what it gets from a peer before it counts.
+        """
+        seen = verdict.after if verdict.is_inbound else verdict.before
+        if seen.protocol != TCP and seen.protocol != UDP:
+            return True
+        key = seen if is_tx else seen.back
+        flow = self._flows.get((verdict.peer_id, key.protocol, key.src, key.src_port, key.dst, key.dst_port))
+        if flow is None or flow.is_closing:
+            return False
+        verdict.stand_on(flow.lifetime, partial(self._note_carried, flow, is_tx))
+        flow.bear(verdict, self._revoked)
+        return True
+
+    def has_flows(self, peer_id: str) -> bool:
+        """Whether any flow of a peer is live."""
+        return peer_id in self._by_peer
+
+    def _note_carried(self, flow: Flow, is_tx: bool, packets: int, payload_bytes: int, last_at: float) -> None:
+        if flow.has_ended or not packets:
+            return
+        flow.last_at = max(flow.last_at, last_at)
+        if is_tx:
+            flow.tx_packets += packets
+            flow.tx_bytes += payload_bytes
+            flow.tx_beyond_syn = True  # a SYN is never carried
+        else:
+            flow.rx_packets += packets
+            flow.rx_bytes += payload_bytes
+
     # ends
 
     def end_scope(self, scope: Scope, now: float) -> None:
@@ -181,6 +225,7 @@ class FlowTracker:
         if flow.has_ended:
             return
         flow.has_ended = True
+        flow.revoke(self._revoked)
         del self._flows[flow.key]
         flows = self._by_peer[flow.key[0]]
         del flows[flow.key]
@@ -216,6 +261,7 @@ class FlowTracker:
             if flow.is_closing:
                 # Late and repeated packets still belong to it; without it, they would look like a new flow.
                 flow.lifetime = CLOSING_TIME
+                flow.revoke(self._revoked)
                 self._schedule(flow)
 
     # deadlines
@@ -248,7 +294,7 @@ class FlowTracker:
         return int((self._unix_epoch + now) * 1e6)
 
 
-class Flow:
+class Flow(Basis):
     """One live flow, named as the initiator sends; opaque to callers."""
 
     __slots__ = (
@@ -257,6 +303,7 @@ class Flow:
     )  # fmt: skip
 
     def __init__(self, key: Key, scope: Scope, token: IngestToken, domain: str | None, is_received: bool) -> None:
+        super().__init__()
         self.key = key
         self.scope = scope
         self.token = token

@@ -37,6 +37,7 @@ from fz_core.tunnel.portal_clock import PortalClock
 from fz_core.tunnel.ranges import PEER_RANGE, PEERS, PROXY_RANGE, SENTINEL_RANGE
 from fz_core.tunnel.resolutions import RENEWAL, Resolution, Resolutions
 from fz_core.tunnel.role import TunnelRole, connection_parameters
+from fz_core.tunnel.verdict import FlowKey, Verdict, is_plain
 
 TICK = 1.0
 MAX_PROXIES_PER_NAME = 16
@@ -85,6 +86,7 @@ class GatewayTunnel(TunnelRole):
             case shared.RejectAccess(client_id, resource_id):
                 self._revoke(client_id, resource_id, "revoked", now)
             case messages.ResourceUpdated(resource):
+                self._void()
                 for access in self._clients.values():
                     access.update_filters(resource)
             case shared.RelaysPresence():
@@ -100,6 +102,7 @@ class GatewayTunnel(TunnelRole):
 
     def shutdown(self, now: float) -> None:
         """Say goodbye to every peer."""
+        self._void()
         self.flows.shutdown(now)
         for client_id in self.node.peers:
             self.node.close(client_id, control.Goodbye().build().data, now)
@@ -138,6 +141,7 @@ class GatewayTunnel(TunnelRole):
             return DropReason.NO_PEER_STATE if packet.dst in PEER_RANGE else DropReason.NOT_A_PEER
         tracker = self.flows.tracker
         flow = None if tracker is None else tracker.match_rx(client_id, packet, now)
+        before = FlowKey.of(packet) if self._may_offer and is_plain(packet) else None
         # Whoever sent what does not fit must be told in terms of what it sent, and `admit` translates in place.
         as_received = packet.copy() if self.path_mtus.limits and client_id in self.path_mtus.limits else None
         admitted = self._clients[client_id].admit(packet, now)
@@ -151,6 +155,8 @@ class GatewayTunnel(TunnelRole):
         reason = self._transmit(client_id, admitted, now, as_received)
         if tracker is not None and flow is not None and reason is None:
             tracker.count_rx(flow, admitted, now)
+        if before is not None and reason is None:
+            self._offer(client_id, before, admitted, now, is_inbound=False, is_tracked=before.src not in self._own_ips)
         return reason
 
     def _accept(self, client_id: str, packet: Packet, ecn: int, now: float) -> DropReason | None:
@@ -163,6 +169,9 @@ class GatewayTunnel(TunnelRole):
                 if self.flows.tracker is not None:
                     self._note_flow(client_id, access.attribute(packet), packet, now)
                 self._deliver(packet, ecn)
+                if self._may_offer and is_plain(packet):
+                    before, is_tracked = FlowKey.of(packet), packet.dst not in self._own_ips
+                    self._offer(client_id, before, packet, now, is_inbound=True, is_tracked=is_tracked)
             case Decision.TRANSLATE:
                 return self._translate(client_id, access, packet, ecn, now)
             case Decision.CONTROL:
@@ -187,6 +196,7 @@ class GatewayTunnel(TunnelRole):
     ) -> DropReason | None:
         attribution = None if self.flows.tracker is None else access.attribute(packet)
         opened, is_end, proxy_ip = access.opened_sessions, packet.tcp_flags & (FIN | RST), packet.dst
+        before = FlowKey.of(packet) if self._may_offer and is_plain(packet) else None
         translated = access.translate(packet, now)
         if isinstance(translated, DropReason):
             return translated
@@ -198,7 +208,21 @@ class GatewayTunnel(TunnelRole):
         if attribution is not None:
             self._note_flow(client_id, attribution, translated, now)
         self._deliver(translated, ecn)
+        if before is not None:
+            self._offer(client_id, before, translated, now, is_inbound=True, is_tracked=True)
         return None
+
+    def _offer(
+        self, client_id: str, before: FlowKey, after: Packet, now: float, *, is_inbound: bool, is_tracked: bool
+    ) -> None:
+        """A packet passed; what a client and this gateway say to each other is nobody's flow."""
+        access = self._clients[client_id]
+        until = access.lasts_until
+        if not self._may_offer or until <= now:
+            return
+        verdict = Verdict(is_inbound, client_id, before, FlowKey.of(after), until)
+        if access.support(verdict) and (not is_tracked or self.flows.support(verdict, is_tx=is_inbound)):
+            self._verdict = verdict
 
     def _note_flow(self, client_id: str, attribution: Attribution | None, packet: Packet, now: float) -> None:
         """A packet of a client passes to a resource; as the resource sees it."""
@@ -257,6 +281,7 @@ class GatewayTunnel(TunnelRole):
         if addresses is None or access is None or not access.may_resolve(resolution.resource_id, name):
             return False
         proxy_ips, mix = resolution.proxy_ips, self._mix_families
+        self._void_peer(resolution.client_id)
         access.set_up_name(resolution.resource_id, name, proxy_ips, addresses, mix=mix, renew_at=renew_at)
         return True
 
@@ -268,6 +293,7 @@ class GatewayTunnel(TunnelRole):
     # portal messages
 
     def _init(self, message: messages.Init, now: float) -> None:
+        self._void()
         self._interface = message.interface
         self._own_ips = (message.interface.ipv4.packed, message.interface.ipv6.packed)
         self.node.update_relays((), merge_relays(message.relays), now)
@@ -321,11 +347,14 @@ class GatewayTunnel(TunnelRole):
     ) -> None:
         if self._interface is None:
             return
+        self._void_peer(client_id)
         access = self._clients.get(client_id)
         if access is None or access.client_ips != ips:
             self._unindex(client_id)
-            access = self._clients[client_id] = ClientAccess(ips, self._own_ips)
+            access = self._clients[client_id] = ClientAccess(ips, self._own_ips, self._revoked)
             for ip in ips:
+                if ip in self._by_ip:
+                    self._void_peer(self._by_ip[ip])
                 self._by_ip[ip] = client_id
         if access.grant(resource, self._clock.monotonic(expires_at, now)):
             self._events.append(AccessGranted(client_id, resource.id, expires_at))
@@ -334,6 +363,7 @@ class GatewayTunnel(TunnelRole):
     def _revoke(self, client_id: str, resource_id: str, reason: str, now: float) -> None:
         access = self._clients.get(client_id)
         if access is not None and access.revoke(resource_id):
+            self._void_peer(client_id)
             self.flows.end_access(client_id, resource_id, now)
             self._events.append(AccessEnded(client_id, resource_id, reason))
             self._dismiss_if_empty(client_id, now)
@@ -342,6 +372,7 @@ class GatewayTunnel(TunnelRole):
         self._tick_at = None
         for client_id, access in list(self._clients.items()):
             for resource_id in access.expire(now):
+                self._void_peer(client_id)
                 self.flows.end_access(client_id, resource_id, now)
                 self._events.append(AccessEnded(client_id, resource_id, "expired"))
             if access.is_empty:
@@ -355,6 +386,7 @@ class GatewayTunnel(TunnelRole):
             self._forget(client_id, "nothing is granted any more", now)
 
     def _forget(self, client_id: str, reason: str, now: float) -> None:
+        self._void_peer(client_id)
         self.flows.end_peer(client_id, now)
         self._unindex(client_id)
         self._candidates.forget(client_id)

@@ -6,6 +6,7 @@ confirmed that it translates them. Packets wait meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, auto
 from ipaddress import ip_address
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from fz_core.dns import NameEntry
 from fz_core.packet import Packet
 from fz_core.tunnel.buffers import PacketBuffer
 from fz_core.tunnel.control import AssignedIps
+from fz_core.tunnel.verdict import Verdict
 
 BUFFERED_PACKETS = 32
 MAX_BUFFERS = 1024
@@ -48,11 +50,18 @@ class _Setup:
         self.is_stale = False
         self.sent_at = self.used_at = now
 
+    def note(self, _packets: int, _payload_bytes: int, last_at: float) -> None:
+        self.used_at = max(self.used_at, last_at)
+
 
 class NameSetups:
-    """All set-ups by key. What must be sent comes back as `AssignedIps`; there is no timer."""
+    """All set-ups by key. What must be sent comes back as `AssignedIps`; there is no timer.
 
-    def __init__(self) -> None:
+    `unsettled` gets the gateway's id where packets may no longer simply go: verdicts about them are void.
+    """
+
+    def __init__(self, unsettled: Callable[[str], None] = lambda gateway_id: None) -> None:
+        self._unsettled = unsettled
         self._setups: dict[SetupKey, _Setup] = {}
         self._by_name: dict[str, set[SetupKey]] = {}
         self._buffers = 0
@@ -80,6 +89,7 @@ class NameSetups:
             if setup.state is SetupState.FAILED:
                 self._hold(setup)
             setup.state = SetupState.PENDING
+            self._unsettled(key.gateway_id)
         elif setup.state is not SetupState.PENDING or now - setup.sent_at < RESEND_INTERVAL:
             return None
         setup.sent_at = now
@@ -105,9 +115,19 @@ class NameSetups:
         setup = self._setups.get(key)
         if setup is None:
             return []
+        if setup.state is SetupState.CONFIRMED and not is_active:
+            self._unsettled(key.gateway_id)
         setup.state = SetupState.CONFIRMED if is_active else SetupState.FAILED
         packets = self._release(setup)
         return packets if is_active else []
+
+    def support(self, verdict: Verdict, key: SetupKey) -> bool:
+        """Let a verdict about a packet that went stand on a set-up; False unless the gateway has confirmed it."""
+        setup = self._setups.get(key)
+        if setup is None or setup.state is not SetupState.CONFIRMED:
+            return False
+        verdict.stand_on(USED_FOR, setup.note)
+        return True
 
     def is_set_up(self, gateway_id: str, name: str) -> bool:
         """Whether this gateway may send us packets in the name's place."""
@@ -127,6 +147,7 @@ class NameSetups:
 
     def _forget(self, keys: object) -> None:
         for key in keys:  # type: ignore[attr-defined]
+            self._unsettled(key.gateway_id)
             self._release(self._setups.pop(key))
             same_name = self._by_name[key.name]
             same_name.discard(key)

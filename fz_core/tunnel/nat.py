@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
+from functools import partial
 
 from fz_core.packet import DropReason, IcmpError, Packet, TooBig, growth_limit, to_family, translate_error
 from fz_core.tunnel.aging import Aging, earliest, longest_unused
+from fz_core.tunnel.verdict import Basis, Verdict
 
 __all__ = ["NatTable", "TooBig"]
 
@@ -21,9 +23,12 @@ class NatTable:
 
     Packets are rewritten in place, except where the family changes. Sessions lapse only in `handle_timeout`.
     `opened` counts all sessions there ever were, `evictions` those that ended early because there were too many.
+    Verdicts that stood on a session go to `revoked` when it ends, or when its end is near.
     """
 
-    def __init__(self, client_ips: tuple[bytes, bytes], max_sessions: int = 16384) -> None:
+    def __init__(
+        self, client_ips: tuple[bytes, bytes], max_sessions: int = 16384, revoked: list[Verdict] | None = None
+    ) -> None:
         self._client_ips = {len(ip): ip for ip in client_ips}
         self._max_sessions = max_sessions
         self._reserve = max_sessions // UNCONFIRMED_SHARE
@@ -38,6 +43,8 @@ class NatTable:
         self._reset: Aging[Session] = Aging(0.0)
         self._queues = (self._reset, self._unconfirmed, self._closing, self._other, self._tcp)
         self._identification = 0
+        self._revoked = [] if revoked is None else revoked
+        self._strangers: OrderedDict[Key, Basis] = OrderedDict()
         self.opened = self.evictions = 0
 
     def __len__(self) -> int:
@@ -118,6 +125,42 @@ class NatTable:
             return translate_error(error, proxy, client, quoted_src=client, quoted_dst=proxy, quoted_src_port=port)
         return error.translated(proxy, client, quoted_dst=proxy, quoted_src_port=port)
 
+    # -- verdicts
+
+    def support(self, verdict: Verdict) -> bool:
+        """Let a verdict about a packet that was just translated, or is for no session, stand on that.
+
+        False where each packet counts: the session is about to end.
+        """
+        before = verdict.before
+        session = (
+            self._inside.get((before.protocol, before.src_port, before.dst))
+            if verdict.is_inbound
+            else self._outside.get((before.protocol, before.dst_port, before.src))
+        )
+        if session is None:
+            return not verdict.is_inbound and self._support_stranger(verdict)
+        if session.queue is self._closing or session.queue is self._reset:
+            return False
+        verdict.stand_on(session.queue.ttl, partial(self._note, session))
+        session.bear(verdict, self._revoked)
+        return True
+
+    def _support_stranger(self, verdict: Verdict) -> bool:
+        """What passes as it is would be translated if a session took its place outside."""
+        before = verdict.before
+        key = before.protocol, before.dst_port, before.src
+        basis = self._strangers.pop(key, None) or Basis()
+        if len(self._strangers) >= MAX_STRANGERS:
+            self._strangers.popitem(last=False)[1].revoke(self._revoked)
+        self._strangers[key] = basis
+        basis.bear(verdict, self._revoked)
+        return True
+
+    def _note(self, session: Session, _packets: int, _payload_bytes: int, last_at: float) -> None:
+        # Of answers too this is all: a verdict about them is made only when one has confirmed the session.
+        session.queue.note(session, last_at)
+
     # -- time
 
     def handle_timeout(self, now: float) -> None:
@@ -132,7 +175,9 @@ class NatTable:
 
     def clear(self) -> None:
         """Forget every session, lapsed ones too."""
-        for table in (self._inside, self._outside, self._ports, self._lapsed, *self._queues):
+        for basis in (*self._inside.values(), *self._strangers.values()):
+            basis.revoke(self._revoked)
+        for table in (self._inside, self._outside, self._ports, self._lapsed, self._strangers, *self._queues):
             table.clear()
 
     # -- sessions
@@ -153,6 +198,9 @@ class NatTable:
         session = Session((packet.protocol, packet.src_port, proxy), (protocol, port, real), crosses, self._unconfirmed)
         self._inside[session.inside] = self._outside[session.outside] = session
         self._lapsed.pop(session.outside, None)
+        passed = self._strangers.pop(session.outside, None)
+        if passed is not None:
+            passed.revoke(self._revoked)
         self._unconfirmed.touch(session, now)
         self.opened += 1
         return session
@@ -185,6 +233,8 @@ class NatTable:
     def _move(self, session: Session, queue: Aging[Session]) -> None:
         session.queue.remove(session)
         session.queue = queue
+        if queue is self._closing or queue is self._reset:
+            session.revoke(self._revoked)
 
     def _evict(self) -> None:
         """End one session early: unanswered ones first, but never so many that none lives to see its answer."""
@@ -199,6 +249,7 @@ class NatTable:
 
     def _forget(self, session: Session) -> None:
         """Drop a session that is in no queue any more."""
+        session.revoke(self._revoked)
         del self._inside[session.inside], self._outside[session.outside]
         protocol, port, real = session.outside
         ports = self._ports[protocol, real]
@@ -222,12 +273,13 @@ class NatTable:
         return moved
 
 
-class Session:
+class Session(Basis):
     """One flow, by `(protocol, port or echo identifier, address)` as each side names it."""
 
     __slots__ = ("crosses", "fins", "inside", "outside", "queue")
 
     def __init__(self, inside: Key, outside: Key, crosses: bool, queue: Aging[Session]) -> None:
+        super().__init__()
         self.inside = inside
         self.outside = outside
         self.crosses = crosses
@@ -262,3 +314,4 @@ OUT_FIN, IN_FIN = 1, 2
 MAX_PORT = 65535
 UNCONFIRMED_TTL, TCP_TTL, UDP_AND_ICMP_TTL, CLOSING_TTL = 60.0, 7440.0, 120.0, 5.0
 UNCONFIRMED_SHARE = 8
+MAX_STRANGERS = 4096

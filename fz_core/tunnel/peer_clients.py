@@ -8,16 +8,19 @@ from ipaddress import IPv4Address, IPv6Address
 from fz_core.tunnel.conntrack import ConnTrack
 from fz_core.tunnel.peer_access import PeerAccess
 from fz_core.tunnel.status import DeviceView
+from fz_core.tunnel.verdict import Verdict
 
 
 class PeerClient:
     """One other client: what it may do here, what we may do there, and the flows of both."""
 
-    def __init__(self, client_id: str, name: str, ips: tuple[IPv4Address, IPv6Address]) -> None:
+    def __init__(
+        self, client_id: str, name: str, ips: tuple[IPv4Address, IPv6Address], revoked: list[Verdict] | None = None
+    ) -> None:
         self.id, self.name, self.addresses = client_id, name, ips
         self.ips = (ips[0].packed, ips[1].packed)
         self.access = PeerAccess()
-        self.flows = ConnTrack()
+        self.flows = ConnTrack(revoked=revoked)
         self.pools: set[str] = set()
 
     def view(self, pools: tuple[str, ...]) -> DeviceView:
@@ -26,9 +29,10 @@ class PeerClient:
 
 
 class PeerClients:
-    """Peers by id and by address."""
+    """Peers by id and by address. Verdicts that stood on one of their flows go to `revoked`."""
 
-    def __init__(self) -> None:
+    def __init__(self, revoked: list[Verdict] | None = None) -> None:
+        self._revoked = revoked
         self._by_id: dict[str, PeerClient] = {}
         self._by_ip: dict[bytes, PeerClient] = {}
 
@@ -48,7 +52,7 @@ class PeerClients:
         peer = self._by_id.get(client_id)
         if peer is None or peer.addresses != ips:
             self.forget(client_id)
-            peer = self._by_id[client_id] = PeerClient(client_id, name, ips)
+            peer = self._by_id[client_id] = PeerClient(client_id, name, ips, self._revoked)
             for ip in peer.ips:
                 self._by_ip[ip] = peer
         peer.name = name

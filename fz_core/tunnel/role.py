@@ -30,6 +30,7 @@ from fz_core.tunnel.events import (
 )
 from fz_core.tunnel.flow_tracking import FlowTracking
 from fz_core.tunnel.path_mtu import SYN, Hop, PathMtus
+from fz_core.tunnel.verdict import Verdict
 
 # Drops that are nobody's mistake: counted, but no error.
 # How long the portal's word waits for a relay to answer, and how many words.
@@ -39,7 +40,11 @@ SILENT = frozenset({DropReason.MULTICAST, DropReason.UNMAPPED_SENTINEL})
 
 
 class TunnelRole(ABC):
-    """Sans-IO state of one end. One mutation, then drain every `poll_*`, then wait for `poll_timeout`."""
+    """Sans-IO state of one end. One mutation, then drain every `poll_*`, then wait for `poll_timeout`.
+
+    With `wants_verdicts` there is a flow table in front: after each call it takes what became void (another
+    `generation`, `take_stale`, `take_revoked`), and then, about the packet of that call, `take_verdict`.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,12 @@ class TunnelRole(ABC):
         self._transmits: deque[Transmit] = deque()
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
+        self.wants_verdicts = False
+        self.generation = 0
+        self._may_offer = False  # whether the packet in hand may become a verdict
+        self._verdict: Verdict | None = None
+        self._stale: set[str] = set()
+        self._revoked: list[Verdict] = []
 
     @property
     def public_key(self) -> bytes:
@@ -94,16 +105,20 @@ class TunnelRole(ABC):
 
     def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
         """Take an IP packet from the TUN device; the error, if any, concerns this packet alone."""
+        self._may_offer, self._verdict = self.wants_verdicts, None
         packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
         if isinstance(packet, DropReason):
             return self._drop(packet)
         reason = self._route(packet, now)
+        if self.wants_verdicts and self.node.has_events:
+            self._collect(now)  # another path, say, which makes verdicts void
         return None if reason is None else self._drop(reason, packet.src, packet.dst)
 
     def handle_network_input(
         self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
     ) -> PacketError | None:
         """Take a UDP datagram; inner packets come out of `poll_packet`."""
+        self._may_offer, self._verdict = self.wants_verdicts, None
         received = self.node.handle_network_input(local, remote, datagram, now)
         if received is None:
             self._collect(now)
@@ -111,7 +126,22 @@ class TunnelRole(ABC):
         if isinstance(received, DropReason):
             self._collect(now)
             return self._drop(received, remote, local)
-        peer_id, plaintext = received
+        return self._handle_received(*received, local, remote, ecn, now)
+
+    def handle_opened(
+        self, peer_id: str, local: Address, remote: Address, ecn: int, plaintext: bytes, now: float
+    ) -> PacketError | None:
+        """Take a data datagram of a peer that somebody else has opened; with a relay between, as if it were not."""
+        self._may_offer, self._verdict = self.wants_verdicts, None
+        received = self.node.handle_opened(peer_id, local, remote, plaintext, now)
+        if received is None:
+            self._collect(now)
+            return None
+        return self._handle_received(*received, local, remote, ecn, now)
+
+    def _handle_received(
+        self, peer_id: str, plaintext: bytes, local: Address, remote: Address, ecn: int, now: float
+    ) -> PacketError | None:
         packet = Packet.parse_untrusted(plaintext)
         if isinstance(packet, DropReason):
             return self._drop(packet, remote, local)
@@ -127,6 +157,38 @@ class TunnelRole(ABC):
         for peer_id in self.path_mtus.set_mtu(remote, mtu, now):
             self.node.probe_mtu(peer_id, now)
         self._tell_path_mtus()
+
+    # verdicts
+
+    def take_verdict(self) -> Verdict | None:
+        """How later packets like the one just handled are treated; None if they must be handled here too."""
+        verdict, self._verdict = self._verdict, None
+        return verdict
+
+    def take_stale(self) -> set[str]:
+        """Peers all of whose verdicts became void."""
+        stale, self._stale = self._stale, set()
+        return stale
+
+    def take_revoked(self) -> list[Verdict]:
+        """Single verdicts that became void."""
+        if not self._revoked and not self.flows.revoked:
+            return []
+        revoked = [*self._revoked, *self.flows.revoked]
+        self._revoked.clear()
+        self.flows.revoked.clear()
+        return revoked
+
+    def _void(self) -> None:
+        """Anything may be decided in another way now."""
+        self.generation += 1
+        self._verdict = None
+
+    def _void_peer(self, peer_id: str) -> None:
+        """What concerns this peer may be."""
+        if self.wants_verdicts:
+            self._stale.add(peer_id)
+        self._verdict = None
 
     # time and output
 
@@ -212,7 +274,9 @@ class TunnelRole(ABC):
         sent = self.node.encapsulate(peer_id, packet, packet.ecn, now)
         if isinstance(sent, DropReason):
             return sent
-        if sent is not None:
+        if sent is None:
+            self._may_offer = False  # it waits for a handshake
+        else:
             self._transmits.append(sent)
         return None
 
@@ -249,11 +313,15 @@ class TunnelRole(ABC):
                     self._handle_connected(peer_id, now)
                 case node_events.PathChanged(peer_id, local, remote, relayed):
                     self._events.append(PathInUse(peer_id, local, remote, relayed))
+                    if self.flows.tracker is not None:
+                        self._void_peer(peer_id)  # its flows record each path
                     self._use_path(peer_id, now)
                 case node_events.ConnectionFailed(peer_id, reason):
+                    self._void_peer(peer_id)
                     self._candidates.forget(peer_id)
                     self._handle_connection_lost(peer_id, reason, now)
                 case node_events.ConnectionClosed(peer_id):
+                    self._void_peer(peer_id)
                     self._candidates.forget(peer_id)
                 case node_events.PeerSilent():
                     self._events.append(CheckPortal())
