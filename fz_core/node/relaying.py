@@ -142,10 +142,10 @@ class RelayingNode(ABC):
             return None
         path, send, until = connection.path, None, float("inf")
         if path is not None:
-            send, until = self._hop(path.local, path.remote) or (None, until)
+            send, until = self._hop(connection, path.local, path.remote) or (None, until)
         if send is None or until <= now:
             send, until = None, float("inf")
-        received = None if connection.received_on is None else self._hop(*connection.received_on)
+        received = None if connection.received_on is None else self._hop(connection, *connection.received_on)
         return Transport(
             peer_id, connection.index, connection.tunnel, send, until, None if received is None else received[0]
         )
@@ -157,11 +157,11 @@ class RelayingNode(ABC):
         relay = self._relays.by_address(hop.remote)
         return None if relay is None else relay.ends_of(hop.channel)
 
-    def _hop(self, local: Address, remote: Address) -> tuple[Hop, float] | None:
+    def _hop(self, connection: Connection, local: Address, remote: Address) -> tuple[Hop, float] | None:
         """How datagrams between these travel, and for how long; None without a confirmed channel."""
         relay = self._owner_of(local)
         if relay is None:
-            return Hop(remote, local, 0), float("inf")
+            return None if _is_relayed(connection, local) else (Hop(remote, local, 0), float("inf"))
         channel = relay.confirmed_channel_to(remote)
         if channel is None or relay.server is None:
             return None

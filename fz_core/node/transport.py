@@ -87,10 +87,8 @@ class Changes:
 
     def take(self, peers: Iterable[str]) -> set[str]:
         """Those who changed since the last call; of all `peers` at the first one."""
-        taken = set(peers) if self._changed is None else self._changed
-        if taken or self._changed is None:
-            self._changed = set()
-        return taken
+        taken, self._changed = self._changed, set()
+        return set(peers) if taken is None else taken
 
     def note(self, peer_id: str, remotes: Iterable[Address]) -> None:
         """This one's transport changed; a change of the channels to `remotes` will concern it from now on."""
