@@ -139,3 +139,67 @@ def test_a_used_channel_is_refreshed_after_five_minutes() -> None:
         scene.advance(1)
     binds = [(at - start, m.channel_number) for at, m, _ in scene.sent if m.method == CHANNEL_BIND]
     assert binds[0] == (300, number)
+
+
+def changes(scene: Scene) -> list[Address]:
+    found = []
+    while (peer := scene.allocation.poll_channel_change()) is not None:
+        found.append(peer)
+    return found
+
+
+def test_only_a_confirmed_channel_is_offered_to_others() -> None:
+    scene = allocated()
+    scene.allocation.bind_channel(PEER, scene.now)
+    scene.drain()
+    assert scene.allocation.channel_to(PEER, scene.now) is not None
+    assert scene.allocation.confirmed_channel_to(PEER) is None
+    assert changes(scene) == []
+    request = scene.take(CHANNEL_BIND)
+    scene.answer_bind(request)
+    assert request.channel_number is not None
+    assert changes(scene) == [PEER]
+    assert scene.allocation.confirmed_channel_to(PEER) == (request.channel_number, scene.now + 600.0)
+    assert scene.allocation.ends_of(request.channel_number) == (RELAYED4, PEER)
+    assert scene.allocation.ends_of(request.channel_number + 1) is None
+
+
+def test_a_refresh_and_a_refusal_are_told() -> None:
+    scene = allocated()
+    number = bound(scene)
+    assert changes(scene) == [PEER]
+    scene.advance(1.0)
+    scene.allocation.note_data_received(PEER, scene.now)
+    while scene.now < 1300.0:
+        answer_keepalives(scene)
+        scene.advance(1.0)
+    refresh = next(entry[1] for entry in scene.sent if entry[1].method == CHANNEL_BIND)
+    assert scene.allocation.confirmed_channel_to(PEER) == (number, 1600.0)
+    scene.answer_bind(refresh)
+    assert changes(scene) == [PEER]
+    assert scene.allocation.confirmed_channel_to(PEER) == (number, scene.now + 600.0)
+    scene.allocation._channels.reject(number)
+    assert changes(scene) == [PEER]
+    assert scene.allocation.confirmed_channel_to(PEER) is None
+
+
+def test_the_end_of_an_allocation_is_told_for_each_channel() -> None:
+    scene = allocated()
+    bound(scene, PEER)
+    bound(scene, PEER2)
+    changes(scene)
+    scene.allocation.restart(scene.now)
+    assert sorted(changes(scene)) == [PEER, PEER2]
+    assert scene.allocation.confirmed_channel_to(PEER) is None
+
+
+def test_data_sent_by_others_is_a_sign_of_life() -> None:
+    scene = allocated()
+    bound(scene)
+    scene.advance(20.0)
+    scene.allocation.note_data_sent(scene.now)
+    scene.allocation.note_data_sent(scene.now - 15.0)
+    scene.advance(24.9)
+    assert [entry[1].method for entry in scene.sent] == []
+    scene.advance(0.2)
+    assert [entry[1].method for entry in scene.sent] == [BINDING]
