@@ -31,8 +31,8 @@ lint: build ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: build ## every benchmark, JSON on stdout
-	$(BIN)/python -m tests.bench
+bench: build ## every benchmark, JSON on stdout; also the official programs in PEERS=<folder>
+	$(BIN)/python -m tests.bench $(if $(PEERS),--peers $(PEERS))
 
 interop: build ## whole systems with the official programs in PEERS=<folder>
 	$(BIN)/python -m tests.interop $(if $(PEERS),--peers $(PEERS))

@@ -211,13 +211,13 @@ def round_trips(ends: Ends, seconds: float) -> dict[str, Any]:
 def round_trips_beside(ends: Ends, seconds: float, way: str) -> dict[str, Any]:
     """While one TCP stream runs."""
     with serving_iperf(ends):
-        command = ["iperf3", "-c", SERVER[4], "-t", str(seconds + 3), *WAYS[way]]
+        command = ["iperf3", "-c", SERVER[4], "-t", str(4 * seconds + 10), *WAYS[way]]  # killed when pings are done
         load = ends.client.spawn(f"iperf3-beside-{way}", command)
         try:
             time.sleep(1.0)
             answer = round_trips(ends, seconds)
             if not load.is_running:
-                raise LoadError(f"iperf3: {load.tail(1)}")
+                raise LoadError(f"iperf3 ended before the pings: {load.tail(1)}")
             return answer
         finally:
             load.kill()
