@@ -20,7 +20,13 @@ PACKAGES = ("fz_core", "fz_gateway", "fz_headless")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Compiled modules that only other compiled modules use.
-WITHOUT_STUBS = {"fz_core/packet/layout.pyx"}
+WITHOUT_STUBS = {
+    "fz_core/fastpath/relay_address.pyx",
+    "fz_core/fastpath/relay_inbox.pyx",
+    "fz_core/fastpath/relay_port.pyx",
+    "fz_core/fastpath/relay_routes.pyx",
+    "fz_core/packet/layout.pyx",
+}
 BUILD_FILES = ("pyproject.toml", "setup.py", "Makefile", "MANIFEST.in", "requirements.lock", "system-packages.txt")
 REGISTRIES = re.compile(r"pypi\.org|pythonhosted|deb\.debian|crates\.io|npmjs|maven|proxy\.golang|(?:extra-)?index-url")
 
