@@ -3,9 +3,8 @@
     async with trio.open_nursery() as nursery:
         relay = await nursery.start(run_relay, RelayConfig(public_ip4="127.0.0.1", ...))
 
-One task serves all sockets: it waits once, then takes datagrams in batches from every ready socket in turn,
-each up to a budget, so that no busy client starves another. Data never reaches the protocol core; see
-`relay_forwarding`.
+One task serves all sockets: it waits once, then `fastpath.RelayPath` takes datagrams in batches from every ready
+socket in turn, each up to a budget, so that no busy client starves another. Data never reaches the protocol core.
 Source: spec/relay.md sections 9 to 11 and 13.
 """
 
@@ -15,6 +14,7 @@ import ipaddress
 import logging
 import random
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,24 +22,14 @@ from typing import Protocol
 
 import trio
 
-from fz_core.embedded.relay_forwarding import Forwarder, Route
-from fz_core.embedded.relay_sockets import Poller, SockAddr, UdpPort
+from fz_core.embedded.relay_sockets import bind_port
+from fz_core.fastpath.relay_path import RelayPath
 from fz_core.packet import Address, DropCounter, DropReason
-from fz_core.turn import (
-    ChannelBound,
-    ChannelUnbound,
-    PortFreed,
-    RelayCommand,
-    RelayServer,
-    SendToClient,
-    SendToPeer,
-    relay_id,
-)
+from fz_core.turn import ChannelBound, ChannelUnbound, PortFreed, RelayCommand, RelayServer, SendToClient, relay_id
 
 STATISTICS_INTERVAL = 10.0
-BATCHES_PER_SOCKET = 32
-ROUNDS_PER_WAKEUP = 16
-HEADROOM = 4
+TURN_MS = 10
+LINGER_MS = 1
 log = logging.getLogger("firezone_relay")
 
 
@@ -76,12 +66,10 @@ class Relay:
         self.stamp_secret = config.stamp_secret or secrets.token_hex(32)
         self.is_ready = False
         self._drops = DropCounter()
-        self._poller = Poller()
-        self._forwarder = Forwarder(self._handle_request)
+        self._path = RelayPath(self._handle_request)
         public = {4: config.public_ip4, 16: config.public_ip6}
         self._own_hosts = {family: host for family, host in public.items() if host is not None}
         self._bind_hosts = {4: config.bind_ip4, 16: config.bind_ip6}
-        self._buffer = memoryview(bytearray(65536))
         self._core = RelayServer(
             stamp_secret=self.stamp_secret,
             public_ip4=packed_ip(config.public_ip4),
@@ -95,9 +83,9 @@ class Relay:
             allocations_per_source=config.allocations_per_source,
         )
         try:
-            self._listen = {family: self._bind(family, config.listen_port) for family in self._own_hosts}
+            self._listen_ports = {family: self._listen(family, config.listen_port) for family in self._own_hosts}
         except OSError:
-            self._poller.close()
+            self._path.close()
             raise
 
     @property
@@ -109,7 +97,7 @@ class Relay:
     def listen_addresses(self) -> tuple[Address, ...]:
         """Where clients find this relay."""
         own = self._own_hosts.items()
-        return tuple(Address(packed_ip(host) or b"", self._listen[family].number) for family, host in own)
+        return tuple(Address(packed_ip(host) or b"", self._listen_ports[family]) for family, host in own)
 
     @property
     def allocation_count(self) -> int:
@@ -124,13 +112,18 @@ class Relay:
     @property
     def relayed_bytes(self) -> int:
         """Payload carried so far, both ways."""
-        return self._forwarder.relayed_bytes
+        return self._path.relayed_bytes
 
     @property
     def drops(self) -> dict[str, int]:
         """What was not answered or carried so far, by reason."""
-        data = {DropReason.UNKNOWN_CHANNEL.value: self._forwarder.dropped} if self._forwarder.dropped else {}
-        return data | {reason.value: count for reason, count in self._drops.items()}
+        path = self._path
+        data = {
+            DropReason.UNKNOWN_CHANNEL: path.unknown,
+            DropReason.BUFFER_FULL: path.overflowed,
+            DropReason.SEND_REFUSED: path.refused,
+        }
+        return {reason.value: count for reason, count in (*self._drops.items(), *data.items()) if count}
 
     def set_ready(self, is_ready: bool) -> None:
         """What `/readyz` tells."""
@@ -142,37 +135,14 @@ class Relay:
             while True:
                 deadline = self._core.poll_timeout()
                 with trio.move_on_at(float("inf") if deadline is None else deadline):
-                    await trio.lowlevel.wait_readable(self._poller)
-                self._turn()
+                    await trio.lowlevel.wait_readable(self._path)
+                self._path.turn(TURN_MS, LINGER_MS)
+                self._core.handle_timeout(trio.current_time())
+                self._obey()
         finally:
-            self._poller.close()
+            self._path.close()
 
-    def _turn(self) -> None:
-        """Some rounds over all ready sockets, then what is due."""
-        for _ in range(ROUNDS_PER_WAKEUP):
-            ready = self._poller.ready()
-            if not ready:
-                break
-            for port in ready:
-                self._drain(port)
-        self._core.handle_timeout(trio.current_time())
-        self._obey()
-
-    def _drain(self, port: UdpPort) -> None:
-        view = self._buffer
-        is_listening = port is self._listen[port.family]
-        for _ in range(BATCHES_PER_SOCKET):
-            received = port.receive(view)
-            if received is None:
-                return
-            size, segment, source = received
-            if not is_listening:
-                self._forwarder.from_peer(port, view, size, segment, source)
-            elif size:
-                self._forwarder.from_client(view, size, segment, source)
-
-    def _handle_request(self, datagram: bytes, source: SockAddr) -> None:
-        client = Address(ipaddress.ip_address(source[0].partition("%")[0]).packed, source[1])
+    def _handle_request(self, datagram: bytes, client: Address) -> None:
         reason = self._core.handle_client_input(client, datagram, trio.current_time())
         if reason is not None:
             self._drops.add(reason)
@@ -186,64 +156,42 @@ class Relay:
 
     def _execute(self, command: RelayCommand) -> None:
         if isinstance(command, SendToClient):
-            listen = self._listen[len(command.client.ip)]
-            listen.send([command.payload], 1, len(command.payload), sockaddr(command.client))
+            self._path.send(command.client, command.payload)
         elif isinstance(command, ChannelBound):
-            self._open_route(command)
+            is_own_ip = self._core.is_own_ip(command.peer)
+            self._path.open_route(command.client, command.number, command.port, command.peer, is_own_ip)
         elif isinstance(command, ChannelUnbound):
-            self._close_route(command)
+            self._path.close_route(command.client, command.number)
         elif isinstance(command, PortFreed):
-            self._close_port(command.port)
-        elif isinstance(command, SendToPeer):
-            port = self._forwarder.ports[len(command.peer.ip), command.port]
-            port.send([command.payload], 1, len(command.payload), sockaddr(command.peer))
-
-    def _open_route(self, bound: ChannelBound) -> None:
-        family = len(bound.peer.ip)
-        port = self._forwarder.ports[family, bound.port]
-        client, peer = sockaddr(bound.client), sockaddr(bound.peer)
-        hairpin = None
-        if self._core.is_own_ip(bound.peer):
-            hairpin = (family, bound.peer.port, sockaddr(Address(bound.peer.ip, bound.port)))
-        self._forwarder.outward[client, bound.number] = Route(port, peer, hairpin)
-        port.routes[peer] = (self._listen[len(bound.client.ip)], client, bound.number)
-
-    def _close_route(self, unbound: ChannelUnbound) -> None:
-        port = self._forwarder.ports[len(unbound.peer.ip), unbound.port]
-        self._forwarder.outward.pop((sockaddr(unbound.client), unbound.number), None)
-        port.routes.pop(sockaddr(unbound.peer), None)
+            self._path.remove_port(command.port)
 
     # Sockets
 
-    def _bind(self, family: int, number: int) -> UdpPort:
-        port = UdpPort(family, self._bind_hosts[family], number, self._poller.watch_queue)
-        self._poller.add(port)
-        return port
+    def _listen(self, family: int, number: int) -> int:
+        """The port it is."""
+        sock = bind_port(family, self._bind_hosts[family], number)
+        return self._hand_over(sock, is_listening=True)
 
     def _open_port(self, number: int, families: tuple[int, ...]) -> bool:
-        opened: list[UdpPort] = []
-        for family in families:
-            if (family, number) in self._forwarder.ports:
-                return False
+        opened: list[socket.socket] = []
         try:
             for family in families:
-                opened.append(self._bind(family, number))
+                opened.append(bind_port(family, self._bind_hosts[family], number))
         except OSError as error:
             log.debug("Allocation port is not available port=%d error=%s", number, error)
-            for port in opened:
-                self._poller.remove(port)
-                port.close()
+            for sock in opened:
+                sock.close()
             return False
-        for port in opened:
-            self._forwarder.ports[port.family, number] = port
+        for sock in opened:
+            self._hand_over(sock, is_listening=False)
         return True
 
-    def _close_port(self, number: int) -> None:
-        for family in (4, 16):
-            port = self._forwarder.ports.pop((family, number), None)
-            if port is not None:
-                self._poller.remove(port)
-                port.close()
+    def _hand_over(self, sock: socket.socket, *, is_listening: bool) -> int:
+        number: int = sock.getsockname()[1]
+        with sock:
+            self._path.add_port(sock.fileno(), sock.family == socket.AF_INET, number, is_listening)
+            sock.detach()
+        return number
 
 
 async def run_relay(
@@ -292,12 +240,6 @@ def format_rate(rate: float) -> str:
             return f"{rate:.2f} {unit}"
         rate /= 1000
     return f"{rate:.2f} TB/s"
-
-
-def sockaddr(address: Address) -> SockAddr:
-    """As the kernel reports it, so that it can be a key."""
-    host = str(ipaddress.ip_address(address.ip))
-    return (host, address.port) if len(address.ip) == 4 else (host, address.port, 0, 0)
 
 
 def packed_ip(host: str | None) -> bytes | None:

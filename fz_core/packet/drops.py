@@ -59,6 +59,7 @@ class DropReason(StrEnum):
     NOT_CONNECTED = "not_connected"
     NO_CHANNEL = "no_channel"
     BUFFER_FULL = "buffer_full"
+    SEND_REFUSED = "send_refused"
     RATE_LIMITED = "rate_limited"
 
 

@@ -16,8 +16,6 @@ import trio
 
 from fz_core.embedded.open_files import allow_open_files
 from fz_core.embedded.relay import Relay, RelayConfig, format_rate, run_relay
-from fz_core.embedded.relay_sockets import UdpPort
-from fz_core.packet import Address
 from fz_core.turn import relay_credentials, relay_id
 from tests.netns.turn_scenarios import (
     TurnPeer,
@@ -294,78 +292,3 @@ def test_help_shows_no_values() -> None:
     output, _ = command("--help", FIREZONE_TOKEN="secret-token").communicate(timeout=30)
     assert "FIREZONE_TOKEN" in output
     assert "secret-token" not in output
-
-
-def test_addresses_are_keys_as_the_kernel_reports_them() -> None:
-    from fz_core.embedded.relay import sockaddr as relay_sockaddr
-
-    for host in ("127.0.0.1", "::1"):
-        sender, receiver = udp(host), udp(host)
-        sender.sendto(b"x", receiver.getsockname())
-        _, source = receiver.recvfrom(10)
-        assert relay_sockaddr(Address(address_of(source).ip, source[1])) == source
-
-
-class SlowReceiver:
-    """A kernel socket that soon refuses more: UNIX datagrams stand in for a congested interface."""
-
-    def __init__(self) -> None:
-        self.queued: list[UdpPort] = []
-        self.port = UdpPort(4, "127.0.0.1", 0, self.queued.append)
-        self.port._sock.close()
-        self.port._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self.address = f"\0relay-test-{os.getpid()}"
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self.sock.bind(self.address)
-
-    def take(self) -> list[bytes]:
-        """All that is there, and what follows from the queue."""
-        taken = []
-        while True:
-            try:
-                taken.append(self.sock.recv(100))
-            except BlockingIOError:
-                before = self.port.has_queue
-                self.port.flush()
-                if not before:
-                    return taken
-
-    def close(self) -> None:
-        self.sock.close()
-        self.port.close()
-
-
-def test_a_blocked_send_loses_and_reorders_nothing() -> None:
-    slow = SlowReceiver()
-    datagrams = [bytes([n]) for n in range(200)]
-    for datagram in datagrams:
-        slow.port.send([datagram], 1, 1, slow.address)
-    assert slow.port.has_queue
-    assert slow.queued == [slow.port]
-    assert slow.take() == datagrams
-    assert slow.port.dropped == 0
-    slow.close()
-
-
-def test_the_queue_of_a_blocked_socket_is_bounded() -> None:
-    slow = SlowReceiver()
-    for n in range(2000):
-        slow.port.send([n.to_bytes(2, "big")], 1, 2, slow.address)
-    assert slow.port.dropped >= 2000 - 512 - 300
-    taken = slow.take()
-    assert taken == [n.to_bytes(2, "big") for n in range(len(taken))]
-    assert len(taken) + slow.port.dropped == 2000
-    slow.close()
-
-
-def test_a_destination_that_refuses_segments_gets_single_datagrams() -> None:
-    """The kernel refuses far too many segments in one call, as it does those above the MTU."""
-    receiver, port = udp("127.0.0.1"), UdpPort(4, "127.0.0.1", 0, print)
-    datagrams = [n.to_bytes(2, "big") for n in range(200)] + [b"e"]
-    for _ in range(2):
-        port.send(list(datagrams), len(datagrams), 2, receiver.getsockname())
-        assert [receiver.recv(100) for _ in datagrams] == datagrams
-    assert port._plain == {receiver.getsockname()}
-    assert port.dropped == 0
-    port.close()
-    receiver.close()
