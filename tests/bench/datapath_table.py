@@ -38,7 +38,8 @@ def write_tables(path: Path, report: Mapping[str, Any]) -> None:
 
 def tables(report: Mapping[str, Any]) -> str:
     """All of them, and what the figures depend on."""
-    return "\n".join([introduction(report), *(table(title, columns, report) for title, columns in TABLES.items())])
+    found = (table(title, columns, report) for title, columns in TABLES.items())
+    return "\n".join([introduction(report), *(text for text in found if text)])
 
 
 def introduction(report: Mapping[str, Any]) -> str:
@@ -158,6 +159,7 @@ TABLES: dict[str, list[Column]] = {
         ("beside down", latency("down")),
         ("client MiB", kept_by("client")),
         ("gateway MiB", kept_by("gateway")),
+        ("relay MiB", kept_by("relay")),
         (
             "bytes per flow, client / gateway",
             joined(*(value(f"memory/bytes_per_flow/{w}") for w in ("client", "gateway"))),
