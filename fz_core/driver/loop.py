@@ -1,7 +1,8 @@
 """The event loop of a tunnel: batches from all ready sources, one budget per source, no starvation.
 
 Each turn takes what the portal, the timer, the TUN device and both UDP sockets have ready, presents it
-to the state machine, and writes what came out. Write before read: while the device takes nothing, nothing
+to the state machine, and writes what came out. With a pump (`carrier.py`) that one reads device and sockets, and
+hands over what it cannot decide. Write before read: while the device takes nothing, nothing
 is read; while a socket takes nothing, the device is not read, but only for a moment (`lanes.py`). No await
 per packet. An idle loop has nothing armed but the state's own next deadline, on a clock that goes on during
 suspend. Source: `design.md` §5, `spec/io.md` §1.4, §2.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from fz_core.driver import clock
+from fz_core.driver.carrier import Carrier
 from fz_core.driver.lanes import Lanes
 from fz_core.driver.path_mtu import take_refusals
 from fz_core.fastpath import Coalescer, split_super_packet
@@ -35,7 +37,8 @@ READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 class Loop:
     """Drives one state machine, and owns the sockets. Commands from elsewhere run inside a turn: `submit`.
 
-    `on_resume` gets the seconds for which the machine was suspended.
+    `on_resume` gets the seconds for which the machine was suspended. Without `pump_threads` (1 or 2) every packet
+    goes through the state.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Loop:
         on_errors: Callable[[TunnelErrors], None],
         on_resume: Callable[[float, float], None] = lambda seconds, now: None,
         *,
+        pump_threads: int = 0,
         now: Callable[[], float] = clock.now,
         suspended: Callable[[], float] = clock.suspended,
     ) -> None:
@@ -65,6 +69,7 @@ class Loop:
         self._alarm = Alarm()
         self._poll = select.epoll()
         self._interest: dict[int, int] = {}
+        self._carrier = Carrier(state, tun, sockets, threads=pump_threads) if pump_threads else None
         for fd in (self._wakeup, *self._alarm.filenos()):
             self._poll.register(fd, READ)
         self._update_interest()
@@ -90,16 +95,23 @@ class Loop:
         For commands. Without any socket the loop goes on.
         """
         for udp in self._lanes.sockets:
-            self._forget(udp.fileno())
+            self._watch(udp.fileno(), 0)
+        if self._carrier is not None:
+            self._carrier.set_sockets(())
         self._lanes.close()
         self._lanes.adopt(open_sockets())
+        if self._carrier is not None:
+            self._carrier.set_sockets(self._lanes.sockets)
         self._update_interest()
 
     async def run(self) -> None:
         """Turn until stopped, then flush goodbyes for at most a second."""
         try:
+            if self._carrier is not None:
+                self._carrier.start()
             while not self._stopping:
                 await self._turn()
+            self._end_pump()
             self._state.shutdown(self._tick())
             self._on_turn()
             with trio.move_on_after(SHUTDOWN_FLUSH):
@@ -110,10 +122,19 @@ class Loop:
     def close(self) -> None:
         """Free every descriptor but the device's; harmless when repeated."""
         if not self._poll.closed:
+            self._end_pump()
             self._poll.close()
             self._alarm.close()
             os.close(self._wakeup)
             self._lanes.close()
+
+    def _end_pump(self) -> None:
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            self._watch(carrier.fileno(), 0)
+            carrier.close()
+            carrier.note(self._tick())
+            carrier.note_flows()
 
     # turns
 
@@ -130,11 +151,14 @@ class Loop:
             self._alarm.clear()
             self._rings_at = None
         errors = take_refusals(self._state, self._lanes.sockets, now)
+        if self._carrier is not None:
+            self._carrier.take_refusals(errors, now)
         if self._wakeup in ready:
             self._run_commands(errors, now)
         if self._deadline is not None and self._deadline <= now:
-            self._state.handle_timeout(now)
-            self._look_again_at = now
+            self._run_timers(now)
+        if self._carrier is not None and self._carrier.fileno() in ready:
+            self._carrier.read(errors, now)
         if ready.get(self._tun.fileno(), 0) & ~WRITE:
             self._read_tun(errors, now)
             self._queue_transmits()
@@ -145,6 +169,8 @@ class Loop:
         self._queue_transmits()
         self._queue_packets()
         self._flush(now)
+        if self._carrier is not None:
+            self._carrier.settle(now, is_flushed=not self._tun_backlog and not self._lanes.is_blocked)
         self._on_turn()
         if errors:
             self._on_errors(TunnelErrors("packets were dropped", errors))
@@ -159,11 +185,23 @@ class Loop:
         """When to turn again if nothing comes, and whether the machine slept."""
         deadline = self._state.poll_timeout()
         self._deadline = None if deadline is None else deadline[0]
+        note_at = None if self._carrier is None else self._carrier.poll_timeout()
+        if note_at is not None and (self._deadline is None or note_at < self._deadline):
+            self._deadline = note_at
         self._look_again_at = now + DEADLINE_GRANULARITY
         suspended = self._read_suspended()
         if suspended - self._suspended >= SHORTEST_SUSPEND:
             self._on_resume(suspended - self._suspended, now)
         self._suspended = suspended
+
+    def _run_timers(self, now: float) -> None:
+        """What was carried goes first: it moves the state's deadlines."""
+        if self._carrier is not None:
+            self._carrier.note(now)
+        deadline = self._state.poll_timeout()
+        if deadline is not None and deadline[0] <= now:
+            self._state.handle_timeout(now)
+        self._look_again_at = now
 
     async def _sleep(self, now: float) -> None:
         ends = [at for at in (self._deadline, self._lanes.patience_ends_at(now)) if at is not None]
@@ -244,31 +282,35 @@ class Loop:
         self._flush(self._tick())
         while self._tun_backlog or self._lanes.is_blocked:
             for fd in self._interest:
-                self._poll.modify(fd, self._interest[fd] & WRITE)
+                self._watch(fd, self._interest[fd] & WRITE)
             await trio.lowlevel.wait_readable(self._poll.fileno())
             self._flush(self._tick())
 
     def _update_interest(self) -> None:
-        """What to wait for at the device and the sockets."""
+        """What to wait for at the device, the sockets and the pump."""
         is_behind = bool(self._tun_backlog)
         may_read_tun = not is_behind and (
             not self._lanes.is_blocked or self._lanes.patience_ends_at(self._read_clock()) is None
         )
-        self._watch(self._tun.fileno(), (READ if may_read_tun else 0) | (WRITE if is_behind else 0))
+        reads_device, reads_sockets = may_read_tun, not is_behind
+        if self._carrier is not None:
+            self._watch(self._carrier.fileno(), READ if may_read_tun else 0)
+            reads_device = reads_sockets = False
+        self._watch(self._tun.fileno(), (READ if reads_device else 0) | (WRITE if is_behind else 0))
         for lane in self._lanes:
             if lane.socket is not None:
-                self._watch(lane.socket.fileno(), (0 if is_behind else READ) | (WRITE if lane.is_blocked else 0))
+                fd = lane.socket.fileno()
+                self._watch(fd, (READ if reads_sockets else 0) | (WRITE if lane.is_blocked else 0))
 
     def _watch(self, fd: int, events: int) -> None:
-        known = self._interest.get(fd)
+        """Wait for these; errors count as well, unless there are none to wait for."""
+        known = self._interest.get(fd, 0)
         if known == events:
             return
-        if known is None:
+        if known == 0:
             self._poll.register(fd, events)
-        else:
+        elif events:
             self._poll.modify(fd, events)
+        else:
+            self._poll.unregister(fd)
         self._interest[fd] = events
-
-    def _forget(self, fd: int) -> None:
-        self._poll.unregister(fd)
-        del self._interest[fd]

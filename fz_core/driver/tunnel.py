@@ -23,6 +23,7 @@ import trio
 
 from fz_core.crypto import PrivateKey, cipher_error, cipher_name
 from fz_core.driver import clock
+from fz_core.driver.carrier import wanted_threads
 from fz_core.driver.config import ConfigError, Role, Start, TunnelConfig, TunnelFailed
 from fz_core.driver.flow_log import log_record
 from fz_core.driver.flow_spool import FlowSpool
@@ -164,7 +165,15 @@ class Tunnel:
             if not sockets:
                 raise HostError("cannot open any UDP socket: is IP disabled on this host?")
             self._configs, configs = trio.open_memory_channel[TunConfigChanged](1024)
-            loop = self._loop = Loop(self._state, tun, sockets, self._hand_up, self._report, self._handle_resume)
+            loop = self._loop = Loop(
+                self._state,
+                tun,
+                sockets,
+                self._hand_up,
+                self._report,
+                self._handle_resume,
+                pump_threads=wanted_threads(),
+            )
             stack.callback(loop.close)
             if self._is_stopping:
                 loop.stop()

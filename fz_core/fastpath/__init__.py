@@ -2,6 +2,7 @@
 
 from fz_core.fastpath.coalesce import Coalescer
 from fz_core.fastpath.gso import GsoBatch, GsoQueue
+from fz_core.fastpath.pump import Pump
 from fz_core.fastpath.split import split_super_packet
 
-__all__ = ["Coalescer", "GsoBatch", "GsoQueue", "split_super_packet"]
+__all__ = ["Coalescer", "GsoBatch", "GsoQueue", "Pump", "split_super_packet"]

@@ -1,0 +1,307 @@
+"""The driver's side of the pump: its thread, what it could not decide, and the verdicts it works by (`design.md` §4).
+
+    carrier = Carrier(state, tun, sockets, threads=1)
+    carrier.start()
+    ...when its descriptor is readable:      errors = carrier.read(now)
+    ...at the end of each turn, after the flush:  carrier.settle(now, is_flushed)
+    ...before the state's timers:            carrier.note(now)
+
+The state is the truth: every verdict comes from it, and every change of it voids verdicts in the same turn.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import threading
+from collections.abc import Sequence
+
+from fz_core.fastpath import Pump, split_super_packet
+from fz_core.linux import TunDevice, TunError, UdpSocket
+from fz_core.node import Carried, Transport
+from fz_core.packet import Address, DropReason
+from fz_core.tunnel import PacketError, TunnelRole
+from fz_core.tunnel.path_mtu import MAX_PACKET
+from fz_core.tunnel.verdict import FlowKey, Verdict
+
+VARIABLE = "FZ_FASTPATH"
+THREADS_VARIABLE = "FZ_FASTPATH_THREADS"
+# How often a busy pump is asked what it carried: for connections, and for flows.
+PEER_INTERVAL, FLOW_INTERVAL = 0.1, 1.0
+SWEPT_PER_INTERVAL = 4096
+FROM_DEVICE, DATAGRAM, OPENED, FORGED, NO_PACKET = range(5)
+
+Ending = tuple[bytes, int]
+
+
+def wanted_threads() -> int:
+    """Threads of the pump: one, two by `FZ_FASTPATH_THREADS`, none by `FZ_FASTPATH=off`."""
+    if os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
+        return 0
+    return 2 if os.environ.get(THREADS_VARIABLE, "").strip() == "2" else 1
+
+
+class Carrier:
+    """Owns the pump. All methods belong to the loop's thread."""
+
+    def __init__(self, state: TunnelRole, tun: TunDevice, sockets: Sequence[UdpSocket], *, threads: int = 1) -> None:
+        self._state = state
+        self._tun_name = tun.name
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pump = Pump(
+            tun.fileno(),
+            self._wake,
+            secrets.token_bytes(16),
+            merges=tun.offloads,
+            has_gso=all(udp.gso_segments > 1 for udp in sockets),
+            threads=threads,
+        )
+        self._threads = [
+            threading.Thread(target=self._pump.run, args=halves, name="pump", daemon=True)
+            for halves in ([()] if threads == 1 else [(0,), (1,)])
+        ]
+        self._slots: dict[str, int] = {}
+        self._peers: dict[int, Transport] = {}
+        self._installed: tuple[dict[int, Verdict], dict[int, Verdict]] = {}, {}
+        self._new: dict[tuple[bool, str, FlowKey], Verdict] = {}
+        self._generation = state.generation
+        self._limits = state.path_mtus.limits
+        self._lost = 0
+        self._is_unfinished = False
+        self._peers_due_at: float | None = None
+        self._flows_due_at = 0.0
+        state.wants_verdicts = True
+        self.set_sockets(sockets)
+
+    def fileno(self) -> int:
+        """Readable when the pump has something to say."""
+        return self._wake
+
+    def start(self) -> None:
+        """Begin to carry."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Let the pump finish its batch, and end it; harmless when repeated."""
+        if self._wake >= 0:
+            self._pump.stop()
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._state.wants_verdicts = False
+            os.close(self._wake)
+            self._wake = -1
+
+    def set_sockets(self, sockets: Sequence[UdpSocket]) -> None:
+        """Use these instead; the old ones may be closed then."""
+        by_family = {udp.is_ipv4: (udp.fileno(), udp.port) for udp in sockets}
+        self._pump.set_sockets(by_family.get(True), by_family.get(False))
+
+    def counters(self) -> dict[str, int]:
+        """What was carried, and what was lost."""
+        return self._pump.counters()
+
+    @property
+    def refused_merged(self) -> bool:
+        """Whether the device takes single packets only, as was found out since."""
+        return self._pump.refused_merged
+
+    # what the pump could not decide
+
+    def read(self, errors: list[Exception], now: float) -> None:
+        """Present everything that waits to the state."""
+        os.eventfd_read(self._wake)
+        if self._pump.has_failed:
+            raise TunError(f"cannot read {self._tun_name}: was the device deleted? Restart the service")
+        self._is_unfinished = True
+        for kind, slot, local, source, ecn, data in self._pump.take():
+            if kind == FROM_DEVICE:
+                self._take_device_read(data, errors, now)
+                continue
+            assert local is not None
+            assert source is not None
+            error = self._take_datagram(kind, slot, Address(*local), Address(*source), ecn, data, now)
+            if error is not None:
+                errors.append(error)
+            self.heed()
+        lost = self._pump.lost
+        if lost != self._lost:
+            self._state.drops[DropReason.BUFFER_FULL] += lost - self._lost
+            self._lost = lost
+        if self._peers_due_at is None:
+            self._peers_due_at = now + PEER_INTERVAL
+            self._flows_due_at = max(self._flows_due_at, now)
+
+    def _take_device_read(self, raw: bytes, errors: list[Exception], now: float) -> None:
+        packets = split_super_packet(raw, self._state.drops)
+        if isinstance(packets, DropReason):
+            self._state.drops.add(packets)
+            errors.append(PacketError(packets, "tun", None))
+            return
+        for packet in packets:
+            error = self._state.handle_tun_input(packet, now)
+            if error is not None:
+                errors.append(error)
+            self.heed()
+
+    def _take_datagram(
+        self, kind: int, slot: int | None, local: Address, source: Address, ecn: int, data: bytes, now: float
+    ) -> Exception | None:
+        state = self._state
+        if kind == DATAGRAM:
+            return state.handle_network_input(local, source, data, ecn, now)
+        if kind == OPENED:
+            transport = self._peers.get(-1 if slot is None else slot)
+            if transport is None or transport.receive is None:
+                state.drops.add(DropReason.NOT_CONNECTED)
+                return None
+            ends = state.node.ends_of(transport.receive) or (local, source)
+            return state.handle_opened(transport.peer_id, *ends, ecn, data, now)
+        reason = DropReason.WG_BAD_PACKET if kind == FORGED else DropReason.MALFORMED_PACKET
+        state.drops.add(reason)
+        return PacketError(reason, source, local)
+
+    def heed(self) -> None:
+        """After each call of the state: what became void, then what it decided about the packet."""
+        state = self._state
+        if state.generation != self._generation:
+            self._generation = state.generation
+            self._new.clear()
+            state.take_stale()
+            state.take_revoked()
+            self._pump.void_all()
+        else:
+            for peer_id in state.take_stale():
+                self._void_peer(peer_id)
+            for verdict in state.take_revoked():
+                self._revoke(verdict)
+        offered = state.take_verdict()
+        if offered is not None:
+            self._new[offered.is_inbound, offered.peer_id if offered.is_inbound else "", offered.before] = offered
+
+    def _void_peer(self, peer_id: str) -> None:
+        slot = self._slots.get(peer_id)
+        if slot is not None:
+            self._pump.void_peer(slot)
+        self._new = {key: verdict for key, verdict in self._new.items() if verdict.peer_id != peer_id}
+
+    def _revoke(self, verdict: Verdict) -> None:
+        self._new.pop((verdict.is_inbound, verdict.peer_id if verdict.is_inbound else "", verdict.before), None)
+        slot = self._slots.get(verdict.peer_id)
+        if slot is not None:
+            removed = self._pump.remove(verdict.is_inbound, slot, verdict.before)
+            if removed is not None:
+                self._forget(verdict.is_inbound, *removed)
+
+    def _forget(self, is_inbound: bool, index: int, note: tuple[int, int, float] | None) -> None:
+        known = self._installed[is_inbound].pop(index, None)
+        if known is not None and note is not None:
+            known.note(*note)
+
+    # what the pump works by
+
+    def settle(self, now: float, is_flushed: bool) -> None:
+        """Bring the pump up to date, and let it go on with flows of which nothing is under way here any more."""
+        self.heed()
+        self._follow_peers(now)
+        for verdict in self._new.values():
+            self._install(verdict)
+        self._new.clear()
+        if self._is_unfinished and is_flushed:
+            self._is_unfinished = False
+            self._pump.finish()
+
+    def _install(self, verdict: Verdict) -> None:
+        slot = self._slots.get(verdict.peer_id)
+        if slot is None:
+            return
+        index, note = self._pump.install(
+            verdict.is_inbound, slot, verdict.before, verdict.after, verdict.ttl, verdict.until
+        )
+        self._forget(verdict.is_inbound, index, note)
+        self._installed[verdict.is_inbound][index] = verdict
+
+    def _follow_peers(self, now: float) -> None:
+        changed = self._state.node.take_changed()
+        if self._state.path_mtus.limits is not self._limits:
+            changed = changed | set(self._limits) | set(self._state.path_mtus.limits)
+            self._limits = self._state.path_mtus.limits
+        for peer_id in changed:
+            self._follow_peer(peer_id, now)
+
+    def _follow_peer(self, peer_id: str, now: float) -> None:
+        transport = self._state.node.transport(peer_id, now)
+        slot = self._slots.get(peer_id)
+        if slot is not None and (transport is None or self._peers[slot].index != transport.index):
+            self._pump.remove_peer(slot)
+            del self._slots[peer_id], self._peers[slot]
+            slot = None
+        if transport is None:
+            return
+        if slot is None:
+            slot = self._pump.add_peer(transport.index)
+            if slot is None:
+                return
+            self._slots[peer_id] = slot
+        self._peers[slot] = transport
+        send, receive = transport.send, transport.receive
+        self._pump.set_peer(
+            slot,
+            transport.tunnel,
+            None if send is None else (send.remote.ip, send.remote.port, send.local and send.local.ip, send.channel),
+            transport.send_until,
+            None if receive is None else (receive.remote.ip, receive.remote.port, receive.local, receive.channel),
+            self._limits.get(peer_id, MAX_PACKET),
+        )
+
+    # what the pump tells
+
+    def poll_timeout(self) -> float | None:
+        """When `note` is due."""
+        return self._peers_due_at
+
+    def note(self, now: float) -> None:
+        """Tell the state what was carried: to be called when due, and before the state runs its timers."""
+        if self._peers_due_at is None:
+            return
+        peers = self._pump.take_peers()
+        for slot, sent_at, heard_at, unheard_since in peers:
+            transport = self._peers.get(slot)
+            if transport is not None:
+                self._state.node.note_traffic(transport.peer_id, Carried(sent_at, heard_at, unheard_since), now)
+        if now >= self._flows_due_at or not peers:
+            self.note_flows()
+            self._flows_due_at = now + FLOW_INTERVAL
+            for is_inbound, index, note in self._pump.sweep(SWEPT_PER_INTERVAL):
+                self._forget(is_inbound, index, note)
+        if peers:
+            self._peers_due_at = now + PEER_INTERVAL
+        else:
+            self._peers_due_at = None
+            self._pump.notice()
+
+    def note_flows(self) -> None:
+        """Tell what was carried of each flow since the last time."""
+        notes = self._pump.take_flows()
+        notes.sort(key=_last_at)
+        for is_inbound, index, packets, size, last_at in notes:
+            verdict = self._installed[is_inbound].get(index)
+            if verdict is not None:
+                verdict.note(packets, size, last_at)
+
+    def take_refusals(self, errors: list[Exception], now: float) -> None:
+        """Datagrams that the kernel did not take; those too large for their path raise a question."""
+        for slot, code, size in self._pump.take_refusals():
+            transport = self._peers.get(slot)
+            if transport is None or transport.send is None:
+                continue
+            remote = transport.send.remote
+            if code == errno.EMSGSIZE:
+                self._state.path_mtus.doubt(remote, now)
+            errors.append(OSError(code, f"sending {size} bytes to {remote}: {os.strerror(code)}"))
+
+
+def _last_at(note: tuple[bool, int, int, int, float]) -> float:
+    return note[4]

@@ -1,0 +1,600 @@
+"""The pump: a thread that carries established flows between the TUN device and the UDP sockets, without the GIL.
+
+    pump = Pump(tun_fd, wake_fd, seed, merges=True, has_gso=True)
+    pump.set_sockets((fd4, port4), (fd6, port6))
+    threading.Thread(target=pump.run).start()
+    ...
+    for record in pump.take():   # what it could not decide; then pump.finish()
+    pump.install(...)            # a verdict: from now on the flow needs nobody
+
+Everything is decided elsewhere: the pump knows flows, sessions and ways, and nothing of policy. Whatever does not
+fit goes the slow way, in order: a packet never overtakes one of its own flow that the driver still has.
+Shared state is guarded by one mutex for each half, held for a batch; who wants it announces that, so that a busy
+pump makes room. Not here: the driver's side (`driver/carrier`).
+"""
+
+cimport cython
+from libc.math cimport INFINITY
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
+from posix.unistd cimport close
+
+from fz_core.crypto.cipher cimport aead_init, aead_wipe
+from fz_core.fastpath.flows cimport (
+    INSTALLED, NONE, PENDING, Flow, FlowKey, FlowTable, flows_enter, flows_find, flows_remove,
+)
+from fz_core.fastpath.inbound cimport Inbound, inbound_free, inbound_init, inbound_turn
+from fz_core.fastpath.outbound cimport Outbound, outbound_free, outbound_init, outbound_turn
+from fz_core.fastpath.peers cimport (
+    SESSIONS, Peer, PeerTable, Receiver, peers_add, peers_free, peers_init, peers_remove,
+)
+from fz_core.fastpath.rewrite cimport prepare_rewrite
+from fz_core.fastpath.ring cimport Ring, ring_bar, ring_is_barred, ring_read
+from fz_core.fastpath.system cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT,
+    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fz_add, fz_get, fz_now, fz_pause, fz_set, fz_signal,
+    fz_unsignal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock,
+)
+from fz_core.fastpath.ways cimport fill_key, set_way_in, set_way_out
+from fz_core.wireguard.session cimport Session
+from fz_core.wireguard.tunnel cimport Tunnel
+
+import os
+
+cdef enum:
+    OUT = 0
+    IN = 1
+    READ_BUDGET = 4            # super packets of one turn, 256 KiB at most
+    EVENTS = 4
+    STALL_POLL_MS = 20         # how often a stalled send looks whether its patience has ended
+
+cdef long BARRED_PAUSE = 50_000    # nanoseconds
+cdef long POLITE_PAUSE = 20_000
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Pump:
+    """Both halves and their tables. `run` belongs to one thread (or one for each half), all else to the driver's.
+
+    `wake_fd` is an eventfd that is written when there is something for the driver. The descriptors belong to the
+    caller, who keeps them open until `run` has returned.
+    """
+
+    cdef Outbound _out
+    cdef Inbound _in
+    cdef PeerTable _peers
+    cdef pthread_mutex_t _locks[2]
+    cdef uint64_t _wanted[2]           # somebody waits for the lock; atomic
+    cdef uint64_t _is_stopping         # atomic
+    cdef uint64_t _tells_activity      # whether the driver wants to know of the next packet; atomic
+    cdef uint64_t _taken[2]
+    cdef uint64_t _published[2]        # records the driver was told of
+    cdef int _polls[2]                 # the same one if a single thread serves both
+    cdef int _kick
+    cdef int _wake
+    cdef bint _shows_stall             # whether the poll waits for room instead of packets
+    cdef list _held                    # by slot: the tunnel and its sessions, whose memory the pump reads
+    cdef uint32_t _swept[2]
+    cdef readonly int threads
+
+    def __cinit__(self):
+        self._kick = self._polls[0] = self._polls[1] = -1
+        memset(&self._out, 0, sizeof(Outbound))
+        memset(&self._in, 0, sizeof(Inbound))
+        memset(&self._peers, 0, sizeof(PeerTable))
+        pthread_mutex_init(&self._locks[0], NULL)
+        pthread_mutex_init(&self._locks[1], NULL)
+
+    def __init__(self, int tun_fd, int wake_fd, bytes seed not None, *, bint merges=True, bint has_gso=True, int threads=1):
+        if len(seed) < 16:
+            raise ValueError(f"seed of {len(seed)} bytes, use 16 random ones")
+        if threads not in (1, 2):
+            raise ValueError(f"{threads} threads, use 1 or 2")
+        first, second = int.from_bytes(seed[:8], "little"), int.from_bytes(seed[8:16], "little")
+        if (peers_init(&self._peers) < 0 or outbound_init(&self._out, &self._peers, first) < 0
+                or inbound_init(&self._in, &self._peers, second) < 0):
+            raise MemoryError("no memory for the flow tables")
+        self.threads = threads
+        self._held = []
+        self._wake = wake_fd
+        self._out.tun = self._in.tun = tun_fd
+        self._out.has_gso = has_gso
+        self._in.merges = merges
+        self._tells_activity = 1
+        self._kick = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        self._polls[OUT] = epoll_create1(EPOLL_CLOEXEC)
+        self._polls[IN] = self._polls[OUT] if threads == 1 else epoll_create1(EPOLL_CLOEXEC)
+        if self._kick < 0 or self._polls[OUT] < 0 or self._polls[IN] < 0:
+            raise OSError("no file descriptors for the pump: raise the limit (ulimit -n)")
+        watch(self._polls[OUT], EPOLL_CTL_ADD, self._kick, EPOLLIN)
+        if threads == 2:
+            watch(self._polls[IN], EPOLL_CTL_ADD, self._kick, EPOLLIN)
+        watch(self._polls[OUT], EPOLL_CTL_ADD, tun_fd, EPOLLIN)
+
+    def __dealloc__(self):
+        for fd in {self._kick, self._polls[0], self._polls[1]}:
+            if fd >= 0:
+                close(fd)
+        outbound_free(&self._out)
+        inbound_free(&self._in)
+        peers_free(&self._peers)
+        pthread_mutex_destroy(&self._locks[0])
+        pthread_mutex_destroy(&self._locks[1])
+
+    # the thread
+
+    def run(self, half=None):
+        """Carry until `stop`; with two threads each serves the `half` 0 (sending) or 1 (receiving)."""
+        cdef bint sends = half != IN
+        cdef bint receives = half != OUT
+        with nogil:
+            while not fz_get(&self._is_stopping):
+                if turn(self, sends, receives) == 0:
+                    wait(self, sends, receives)
+
+    def step(self):
+        """One turn of both halves, in the caller's thread: for tests. How many reads and messages there were."""
+        cdef int done
+        with nogil:
+            done = turn(self, True, True)
+        return done
+
+    def stop(self):
+        """Let `run` return soon."""
+        fz_set(&self._is_stopping, 1)
+        fz_signal(self._kick)
+
+    # sockets
+
+    def set_sockets(self, v4, v6):
+        """Use these `(descriptor, port)`, None for a family without; the old ones may be closed afterwards."""
+        cdef int family
+        lock_both(self)
+        for family, socket in enumerate((v4, v6)):
+            if self._in.sockets[family] >= 0:
+                watch(self._polls[IN], EPOLL_CTL_DEL, self._in.sockets[family], 0)
+            self._in.sockets[family] = self._out.sockets[family] = -1
+            if socket is not None:
+                self._in.sockets[family] = self._out.sockets[family] = socket[0]
+                self._in.ports[family] = htons(<uint16_t>socket[1])
+                watch(self._polls[IN], EPOLL_CTL_ADD, socket[0], EPOLLIN)
+        self._out.first = self._out.open_count = 0
+        self._out.is_stalled = False
+        unlock_both(self)
+        fz_signal(self._kick)
+
+    # what the driver gets
+
+    def take(self):
+        """Everything that waits for the driver, oldest first for each half.
+
+        Tuples `(kind, slot, local, source, ecn, data)`: kind 0 is a read from the device, header included, 1 a
+        datagram, 2 a packet opened for the peer in `slot`, 3 a forgery, 4 authentic bytes that are no packet.
+        `local` and `source` are `(ip, port)`, None for the device's. After handling them all, and after writing
+        what came of it: `finish`.
+        """
+        cdef list records = []
+        drain(self, IN, records)
+        drain(self, OUT, records)
+        return records
+
+    def finish(self):
+        """Nothing of what was taken is on its way any more: flows may go on without the driver."""
+        fz_set(&self._in.ring.done, self._taken[IN])
+        fz_set(&self._out.ring.done, self._taken[OUT])
+
+    def notice(self):
+        """Have the driver woken by the next packet that is carried; see `take_peers`."""
+        fz_set(&self._tells_activity, 1)
+
+    def take_peers(self):
+        """`(slot, sent_at, heard_at, unheard_since)` of peers with traffic since the last call; None for never."""
+        cdef dict found = {}
+        cdef int half
+        cdef uint32_t i, slot
+        cdef Peer *peer
+        lock_both(self)
+        for half in range(2):
+            for i in range(self._peers.touched_count[half]):
+                slot = self._peers.touched[half][i]
+                peer = self._peers.peers[slot]
+                peer.is_touched[half] = False
+                if peer.is_used:
+                    found[slot] = (
+                        slot,
+                        None if peer.sent_at == -INFINITY else peer.sent_at,
+                        None if peer.heard_at == -INFINITY else peer.heard_at,
+                        None if peer.unheard_since == INFINITY else peer.unheard_since,
+                    )
+            self._peers.touched_count[half] = 0
+        unlock_both(self)
+        return list(found.values())
+
+    def take_flows(self):
+        """`(is_inbound, index, packets, payload bytes, last at)` of flows with traffic since the last call."""
+        cdef list notes = []
+        collect(self, OUT, &self._out.flows, notes)
+        collect(self, IN, &self._in.flows, notes)
+        return notes
+
+    def take_refusals(self):
+        """`(slot, errno, bytes)` of datagrams the kernel did not take."""
+        cdef list refused = []
+        cdef int i
+        lock(self, OUT)
+        for i in range(self._out.refusal_count):
+            refused.append((self._out.refusals[i].peer, self._out.refusals[i].error, self._out.refusals[i].size))
+        self._out.refusal_count = 0
+        unlock(self, OUT)
+        return refused
+
+    @property
+    def has_failed(self):
+        """Whether the device is gone."""
+        return bool(self._out.device_failed)
+
+    @property
+    def refused_merged(self):
+        """Whether the device refused a merged packet, so that each goes alone now."""
+        return self._in.refused_merged != 0
+
+    @property
+    def lost(self):
+        """Records for the driver that found the ring full."""
+        return self._in.ring.dropped + self._out.ring.dropped
+
+    def counters(self):
+        """What was carried, by the two halves, and what was lost."""
+        return {
+            "out_reads": self._out.reads, "out_packets": self._out.packets, "out_bytes": self._out.bytes,
+            "out_calls": self._out.calls, "out_datagrams": self._out.datagrams, "out_dropped": self._out.dropped,
+            "in_calls": self._in.calls, "in_datagrams": self._in.datagrams, "in_packets": self._in.packets,
+            "in_bytes": self._in.bytes, "in_writes": self._in.writes, "in_oversized": self._in.oversized,
+            "in_malformed": self._in.malformed, "in_errors": self._in.errors,
+            "in_write_errors": self._in.write_errors,
+            "slow_out": self._out.ring.produced, "slow_in": self._in.ring.produced, "slow_lost": self.lost,
+            "flows_out": self._out.flows.count, "flows_in": self._in.flows.count,
+            "evictions": self._out.flows.evictions + self._in.flows.evictions,
+        }  # fmt: skip
+
+    # peers
+
+    def add_peer(self, uint32_t index):
+        """A slot for the peer whose receiver indices begin with these 24 bits; None where there is no room."""
+        cdef uint32_t slot
+        lock_both(self)
+        slot = peers_add(&self._peers, index)
+        unlock_both(self)
+        if slot == NONE:
+            return None
+        while len(self._held) <= slot:
+            self._held.append(None)
+        return slot
+
+    def set_peer(self, uint32_t slot, Tunnel tunnel not None, send, double send_until, receive, int limit):
+        """How a peer's data travels now: its sessions, `(remote ip, port, local ip or None, channel)` both ways.
+
+        `send` or `receive` is None where the slow path must do it. Packets of more than `limit` bytes are slow too.
+        """
+        cdef Peer *peer = self._peers.peers[slot]
+        cdef Session session
+        cdef int i
+        cdef list sessions = [tunnel.current]
+        lock_both(self)
+        set_sender(peer, tunnel.current)
+        for i in range(SESSIONS):
+            session = tunnel._sessions[i]
+            set_receiver(&peer.receivers[i], session)
+            sessions.append(session)
+        peer.traffic = &tunnel.timers.traffic
+        peer.limit = limit
+        peer.send_until = send_until
+        set_way_out(peer, send)
+        set_way_in(peer, receive)
+        unlock_both(self)
+        self._held[slot] = (tunnel, sessions)
+
+    def remove_peer(self, uint32_t slot):
+        """The connection is gone, with all its flows."""
+        lock_both(self)
+        peers_remove(&self._peers, slot)
+        unlock_both(self)
+        self._held[slot] = None
+
+    # flows
+
+    def install(self, bint is_inbound, uint32_t slot, before, after, double ttl, double until):
+        """Carry a flow of the peer in `slot`: packets like `before` become packets like `after`.
+
+        Both are `(version, protocol, src, dst, src_port, dst_port)`. The flow is decided anew after `ttl` seconds
+        without a packet, and at `until`. Returns the flow's index for `take_flows`, and what is still to be noted
+        of the verdict it had before, `(packets, payload bytes, last at)` or None.
+        """
+        cdef int half = IN if is_inbound else OUT
+        cdef FlowTable *table = &self._in.flows if is_inbound else &self._out.flows
+        cdef Ring *ring = &self._in.ring if is_inbound else &self._out.ring
+        cdef FlowKey key
+        cdef Flow *flow
+        cdef uint32_t index
+        cdef object note
+        fill_key(&key, before, slot if is_inbound else 0)
+        lock(self, half)
+        index = flows_enter(table, &key)
+        flow = &table.flows[index]
+        note = take_note(flow)
+        fill_key(&flow.after, after, 0)
+        prepare_rewrite(flow)
+        flow.state = INSTALLED
+        flow.peer = slot
+        flow.generation = table.generation
+        flow.peer_generation = self._peers.peers[slot].generation
+        flow.ttl = ttl
+        flow.until = until
+        flow.last_at = fz_now()
+        flow.is_referenced = 1
+        if flow.diverted > self._taken[half]:
+            # More of it came while the first packet was decided about: read nothing until the driver has seen that.
+            ring_bar(ring, flow.diverted, flow.last_at)
+        unlock(self, half)
+        return index, note
+
+    def remove(self, bint is_inbound, uint32_t slot, before):
+        """A verdict is void. None if there is none, else what `install` returns."""
+        cdef object note = None
+        cdef bint found
+        cdef int half = IN if is_inbound else OUT
+        cdef FlowTable *table = &self._in.flows if is_inbound else &self._out.flows
+        cdef FlowKey key
+        cdef uint32_t index
+        fill_key(&key, before, slot if is_inbound else 0)
+        lock(self, half)
+        index = flows_find(table, &key)
+        found = index != NONE and table.flows[index].state == INSTALLED
+        if found:
+            note = take_note(&table.flows[index])
+            table.flows[index].state = PENDING
+        unlock(self, half)
+        return (index, note) if found else None
+
+    def sweep(self, uint32_t most):
+        """Forget what has lapsed, looking at `most` flows of each half; `(is_inbound, index, note)` of each."""
+        cdef list gone = []
+        sweep_half(self, OUT, &self._out.flows, &self._out.ring, most, gone)
+        sweep_half(self, IN, &self._in.flows, &self._in.ring, most, gone)
+        return gone
+
+    def void_all(self):
+        """Every verdict is void."""
+        lock_both(self)
+        self._in.flows.generation += 1
+        self._out.flows.generation += 1
+        unlock_both(self)
+
+    def void_peer(self, uint32_t slot):
+        """Every verdict about this peer is void."""
+        lock_both(self)
+        self._peers.peers[slot].generation += 1
+        unlock_both(self)
+
+
+# the thread's work
+
+
+cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
+    """Both halves once; 0 if there was nothing to do."""
+    cdef int done = 0
+    cdef double now = fz_now()
+    if receives:
+        done += turn_in(self, now)
+    if sends:
+        done += turn_out(self, now)
+    if done and fz_get(&self._tells_activity):
+        fz_set(&self._tells_activity, 0)
+        fz_signal(self._wake)
+    return done
+
+
+cdef int turn_in(Pump self, double now) noexcept nogil:
+    cdef int done = 0, family
+    give_way(self, IN)
+    pthread_mutex_lock(&self._locks[IN])
+    if not ring_is_barred(&self._in.ring, now):
+        for family in range(2):
+            if self._in.sockets[family] >= 0:
+                done += inbound_turn(&self._in, family, now)
+    publish(self, IN, &self._in.ring)
+    pthread_mutex_unlock(&self._locks[IN])
+    return done
+
+
+cdef int turn_out(Pump self, double now) noexcept nogil:
+    cdef int done = 0
+    give_way(self, OUT)
+    pthread_mutex_lock(&self._locks[OUT])
+    if not ring_is_barred(&self._out.ring, now):
+        done = outbound_turn(&self._out, READ_BUDGET, now)
+    if self._out.is_stalled != self._shows_stall:
+        show_stall(self)
+    publish(self, OUT, &self._out.ring)
+    if self._out.device_failed:
+        fz_set(&self._is_stopping, 1)
+        fz_signal(self._wake)
+    pthread_mutex_unlock(&self._locks[OUT])
+    return done
+
+
+cdef inline void give_way(Pump self, int half) noexcept nogil:
+    """A mutex is not fair: who unlocks and locks again at once keeps all others out."""
+    while fz_get(&self._wanted[half]):
+        fz_pause(POLITE_PAUSE)
+
+
+cdef inline void publish(Pump self, int half, Ring *ring) noexcept nogil:
+    """Everything before these records is written: now the driver may have them."""
+    if ring.produced != self._published[half]:
+        self._published[half] = ring.produced
+        fz_signal(self._wake)
+
+
+cdef void wait(Pump self, bint sends, bint receives) noexcept nogil:
+    cdef epoll_event events[EVENTS]
+    cdef int count, i
+    if (sends and self._out.ring.barrier) or (receives and self._in.ring.barrier):
+        fz_pause(BARRED_PAUSE)
+        return
+    count = epoll_wait(
+        self._polls[OUT if sends else IN], events, EVENTS, STALL_POLL_MS if sends and self._shows_stall else -1)
+    for i in range(count):
+        if events[i].data.u32 == <uint32_t>self._kick and not fz_get(&self._is_stopping):
+            fz_unsignal(self._kick)
+
+
+cdef void show_stall(Pump self) noexcept nogil:
+    """While a socket is full, wait for room in it instead of packets from the device."""
+    cdef int family
+    cdef uint32_t events
+    self._shows_stall = self._out.is_stalled
+    watch(self._polls[OUT], EPOLL_CTL_MOD, self._out.tun, 0 if self._shows_stall else EPOLLIN)
+    for family in range(2):
+        if self._in.sockets[family] >= 0 and self.threads == 1:
+            events = EPOLLIN | EPOLLOUT if self._shows_stall else EPOLLIN
+            watch(self._polls[IN], EPOLL_CTL_MOD, self._in.sockets[family], events)
+
+
+cdef void watch(int poll, int operation, int fd, uint32_t events) noexcept nogil:
+    cdef epoll_event event
+    memset(&event, 0, sizeof(event))
+    event.events = events
+    event.data.u32 = <uint32_t>fd
+    epoll_ctl(poll, operation, fd, &event)
+
+
+# the driver's side of the locks
+
+
+cdef void lock(Pump self, int half) noexcept:
+    with nogil:
+        fz_add(&self._wanted[half], 1)
+        pthread_mutex_lock(&self._locks[half])
+        fz_add(&self._wanted[half], <uint64_t>-1)
+
+
+cdef void unlock(Pump self, int half) noexcept:
+    pthread_mutex_unlock(&self._locks[half])
+
+
+cdef void lock_both(Pump self) noexcept:
+    lock(self, OUT)
+    lock(self, IN)
+
+
+cdef void unlock_both(Pump self) noexcept:
+    unlock(self, IN)
+    unlock(self, OUT)
+
+
+# records and notes
+
+
+cdef int drain(Pump self, int half, list records) except -1:
+    """Change the buffers, then read at leisure."""
+    cdef Ring *ring = &self._in.ring if half == IN else &self._out.ring
+    cdef uint64_t filled
+    lock(self, half)
+    ring.filling, ring.taken = ring.taken, ring.filling
+    filled, ring.filled = ring.filled, 0
+    self._taken[half] = ring.produced
+    unlock(self, half)
+    return ring_read(ring, filled, records)
+
+
+cdef object take_note(Flow *flow):
+    """What is still to be noted about its verdict, or None."""
+    cdef object note = None
+    if flow.state == INSTALLED and flow.packets:
+        note = flow.packets, flow.bytes, flow.last_at
+    flow.packets = flow.bytes = 0
+    return note
+
+
+cdef struct Note:
+    uint32_t index
+    uint64_t packets
+    uint64_t bytes
+    double last_at
+
+
+cdef int collect(Pump self, int half, FlowTable *table, list notes) except -1:
+    cdef uint32_t i, count = 0
+    cdef Flow *flow
+    cdef Note *found = NULL
+    lock(self, half)
+    if table.touched_count:
+        found = <Note *>malloc(table.touched_count * sizeof(Note))
+        for i in range(table.touched_count if found != NULL else 0):
+            flow = &table.flows[table.touched[i]]
+            flow.is_touched = 0
+            if flow.state == INSTALLED and flow.packets:
+                found[count].index, found[count].packets = table.touched[i], flow.packets
+                found[count].bytes, found[count].last_at = flow.bytes, flow.last_at
+                flow.packets = flow.bytes = 0
+                count += 1
+        if found != NULL:
+            table.touched_count = 0
+    unlock(self, half)
+    for i in range(count):
+        notes.append((half == IN, found[i].index, found[i].packets, found[i].bytes, found[i].last_at))
+    free(found)
+    return 0
+
+
+cdef int sweep_half(Pump self, int half, FlowTable *table, Ring *ring, uint32_t most, list gone) except -1:
+    cdef uint32_t i, index
+    cdef Flow *flow
+    cdef double now = fz_now()
+    lock(self, half)
+    for i in range(min(most, table.used)):
+        index = self._swept[half] = (self._swept[half] + 1) % table.used
+        flow = &table.flows[index]
+        if flow.state == PENDING and not flow.is_referenced and flow.diverted <= fz_get(&ring.done):
+            flows_remove(table, index)
+        elif flow.state == INSTALLED and not is_in_force(self, table, flow, now):
+            gone.append((half == IN, index, take_note(flow)))
+            flows_remove(table, index)
+        else:
+            flow.is_referenced = 0
+    unlock(self, half)
+    return 0
+
+
+cdef bint is_in_force(Pump self, const FlowTable *table, const Flow *flow, double now) noexcept nogil:
+    if flow.generation != table.generation or flow.peer_generation != self._peers.peers[flow.peer].generation:
+        return False
+    return now < flow.until and now < flow.last_at + flow.ttl
+
+
+# peers
+
+
+cdef void set_sender(Peer *peer, Session session) noexcept:
+    if session is None:
+        peer.current = NULL
+        aead_wipe(&peer.seal)
+    elif peer.current != &session.state:
+        aead_wipe(&peer.seal)
+        aead_init(&peer.seal, session.state.seal_key.key)
+        peer.current = &session.state
+
+
+cdef void set_receiver(Receiver *receiver, Session session) noexcept:
+    """An unconfirmed session is the slow path's: its first packet changes the tunnel."""
+    if session is None or not session.is_confirmed:
+        receiver.session = NULL
+        aead_wipe(&receiver.key)
+    elif receiver.session != &session.state:
+        aead_wipe(&receiver.key)
+        aead_init(&receiver.key, session.state.open_key.key)
+        receiver.session = &session.state

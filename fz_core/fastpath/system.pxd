@@ -1,0 +1,125 @@
+# What the pump needs of libc and the kernel: nothing here touches Python, everything runs without the GIL.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "arpa/inet.h" nogil:
+    uint16_t htons(uint16_t)
+    uint16_t ntohs(uint16_t)
+
+cdef extern from "netinet/in.h" nogil:
+    enum: IPPROTO_IP, IPPROTO_IPV6, IP_TOS, IP_PKTINFO, IPV6_PKTINFO, IPV6_TCLASS
+    cdef struct in_addr:
+        pass
+    cdef struct in6_addr:
+        pass
+    cdef struct in_pktinfo:
+        int ipi_ifindex
+        in_addr ipi_spec_dst
+        in_addr ipi_addr
+    cdef struct in6_pktinfo:
+        in6_addr ipi6_addr
+        unsigned int ipi6_ifindex
+    cdef struct sockaddr_in:
+        uint16_t sin_family
+        uint16_t sin_port
+        in_addr sin_addr
+    cdef struct sockaddr_in6:
+        uint16_t sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
+
+cdef extern from "sys/uio.h" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    Py_ssize_t writev(int, const iovec *, int)
+
+cdef extern from "sys/socket.h" nogil:
+    enum: AF_INET, AF_INET6, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_NOSIGNAL
+    cdef struct msghdr:
+        void *msg_name
+        unsigned int msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    cdef struct mmsghdr:
+        msghdr msg_hdr
+        unsigned int msg_len
+    cdef struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    cmsghdr *CMSG_FIRSTHDR(msghdr *)
+    cmsghdr *CMSG_NXTHDR(msghdr *, cmsghdr *)
+    uint8_t *CMSG_DATA(cmsghdr *)
+    size_t CMSG_LEN(size_t)
+    size_t CMSG_SPACE(size_t)
+    int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
+    Py_ssize_t sendmsg(int, const msghdr *, int)
+
+cdef extern from "sys/epoll.h" nogil:
+    enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    ctypedef union epoll_data_t:
+        uint32_t u32
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int)
+    int epoll_ctl(int, int, int, epoll_event *)
+    int epoll_wait(int, epoll_event *, int, int)
+
+cdef extern from "sys/eventfd.h" nogil:
+    enum: EFD_NONBLOCK, EFD_CLOEXEC
+    int eventfd(unsigned int, int)
+
+cdef extern from "pthread.h" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, void *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+
+cdef extern from *:
+    """
+    #include <sched.h>
+    #include <time.h>
+    #include <unistd.h>
+    static inline double fz_now(void) {
+        struct timespec at;
+        clock_gettime(CLOCK_BOOTTIME, &at);
+        return (double)at.tv_sec + (double)at.tv_nsec * 1e-9;
+    }
+    static inline void fz_pause(long nanoseconds) {
+        struct timespec gap = {0, nanoseconds};
+        nanosleep(&gap, 0);
+    }
+    static inline void fz_signal(int fd) {
+        unsigned long long one = 1;
+        if (write(fd, &one, sizeof one) < 0) { }  /* full: the other side is awake already */
+    }
+    static inline void fz_unsignal(int fd) {
+        unsigned long long count;
+        if (read(fd, &count, sizeof count) < 0) { }
+    }
+    #define fz_get(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
+    #define fz_set(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
+    #define fz_add(at, value) __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL)
+    #define FZ_LIKELY(x) __builtin_expect(!!(x), 1)
+    """
+    # Seconds on the clock of the drivers (CLOCK_BOOTTIME), from the vDSO.
+    double fz_now() noexcept nogil
+    void fz_pause(long nanoseconds) noexcept nogil
+    void fz_signal(int fd) noexcept nogil
+    void fz_unsignal(int fd) noexcept nogil
+    uint64_t fz_get(uint64_t *at) noexcept nogil
+    void fz_set(uint64_t *at, uint64_t value) noexcept nogil
+    uint64_t fz_add(uint64_t *at, uint64_t value) noexcept nogil
+
+cdef enum:
+    SOL_UDP = 17
+    UDP_SEGMENT = 103
+    UDP_GRO = 104
+    RELAY_PORT = 3478
