@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from functools import partial
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fz_core.node.connection import Path
 from fz_core.packet import Address, Packet
@@ -48,7 +48,7 @@ class FlowTracker:
         self._revoked = [] if revoked is None else revoked
         self._flows: dict[Key, Flow] = {}
         self._by_peer: dict[str, dict[Key, Flow]] = {}
-        self._records: deque[FlowRecord] = deque()
+        self._records: deque[FlowRecord | Ended] = deque()
         # Each live flow has one entry, two once it is closing; the time is that of its end if no packet comes.
         self._due: list[tuple[float, int, Flow]] = []
         self._numbers = count()
@@ -157,7 +157,7 @@ class FlowTracker:
         return peer_id in self._by_peer
 
     def _note_carried(self, flow: Flow, is_tx: bool, packets: int, payload_bytes: int, last_at: float) -> None:
-        if flow.has_ended or not packets:
+        if not packets:
             return
         flow.last_at = max(flow.last_at, last_at)
         if is_tx:
@@ -202,8 +202,15 @@ class FlowTracker:
         return max(math.nextafter(self._due[0][0], math.inf), self._swept_at + SWEEP_INTERVAL)
 
     def poll_record(self) -> FlowRecord | None:
-        """Something to log and report."""
-        return self._records.popleft() if self._records else None
+        """Something to log and report; what is noted of a flow that ended counts until then."""
+        if not self._records:
+            return None
+        record = self._records.popleft()
+        if isinstance(record, FlowRecord):
+            return record
+        flow, end = record
+        last = max(self._unix(flow.last_at), flow.start)
+        return flow.record(RecordKind.END, last if flow.is_closing else end, last)
 
     # one flow
 
@@ -231,9 +238,7 @@ class FlowTracker:
         del flows[flow.key]
         if not flows:
             del self._by_peer[flow.key[0]]
-        last = max(self._unix(flow.last_at), flow.start)
-        end = last if flow.is_closing else max(self._unix(now), flow.start)
-        self._records.append(flow.record(RecordKind.END, end, last))
+        self._records.append(Ended(flow, max(self._unix(now), flow.start)))
 
     def _end_all(self, flows: Iterable[Flow], now: float) -> None:
         for flow in flows:
@@ -342,6 +347,13 @@ class Flow(Basis):
             return FlowRecord(kind, self.token, *opened)
         counters = (self.rx_packets, self.tx_packets, self.rx_bytes, self.tx_bytes)
         return FlowRecord(kind, self.token, *opened, end, last, *counters)
+
+
+class Ended(NamedTuple):
+    """A flow that is over, and when that was noticed, in unix microseconds."""
+
+    flow: Flow
+    at: int
 
 
 Key = tuple[str, int, bytes, int, bytes, int]

@@ -284,6 +284,17 @@ def test_what_was_carried_is_counted() -> None:
     assert logged.ends() == []
 
 
+def test_what_is_noted_of_a_flow_that_ended_counts_until_it_is_reported() -> None:
+    logged = Logged()
+    there = logged.tx()
+    assert logged.flows.support(there, is_tx=True)
+    logged.rx(RST, now=2.0)
+    there.note(5, 50, 1.9)
+    assert logged.ends() == [(6, 53, 1, 6, 2_000_000)]
+    there.note(5, 50, 1.9)
+    assert logged.ends() == []
+
+
 def test_a_carried_packet_is_beyond_the_syn() -> None:
     logged = Logged()
     verdict = logged.tx(SYN, payload=b"")
