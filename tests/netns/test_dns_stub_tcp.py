@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-import select
 import socket
 import struct
 import threading
@@ -22,6 +21,7 @@ from fz_core.dns import Query, StubTcpServer, TcpToken, build_addresses, build_a
 from fz_core.lab import Host, Lab
 from fz_core.linux import TunDevice
 from fz_core.packet import DropReason, Packet
+from tests.readiness import readable
 
 pytestmark = pytest.mark.root
 
@@ -135,7 +135,7 @@ def test_idle_connections_make_room(host: Host, server: Pump, sentinel: str) -> 
         with connect(host, sentinel) as client:
             client.sendall(frame(make_query("foo.example.com")))
             assert read_message(client)[3] & 0xF == 0
-        (evicted,) = select.select(idle, [], [], 1)[0]
+        (evicted,) = readable(*idle, within=1.0)
         assert evicted is idle[0]
         assert is_reset(evicted)
 
@@ -244,7 +244,7 @@ class Pump:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            select.select([self._tun], [], [], 0.01)
+            readable(self._tun, within=0.01)
             with self._lock:
                 for data in self._tun.read_batch(64):
                     self._take(data[len(OFFLOAD_HEADER) :])

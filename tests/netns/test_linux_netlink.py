@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import select
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -15,6 +14,7 @@ import trio
 from fz_core.lab import Host, Lab
 from fz_core.linux import HostError, NetworkMonitor, TunDevice, set_mark
 from fz_core.linux.netlink import Interface
+from tests.readiness import readable
 
 pytestmark = pytest.mark.root
 
@@ -146,7 +146,7 @@ def test_monitor_tells_changes_and_then_is_silent(laptop: Host) -> None:
     try:
         assert not monitor.drain()
         laptop.run("ip", "addr", "add", "10.3.0.2/24", "dev", "eth0")
-        assert select.select([monitor], [], [], 10)[0]
+        assert readable(monitor)
         assert monitor.drain()
         assert not monitor.drain()
     finally:

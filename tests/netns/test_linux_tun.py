@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import socket
 import struct
@@ -18,6 +17,7 @@ import pytest
 from fz_core.fastpath import split_super_packet
 from fz_core.linux import TunDevice, TunError
 from fz_core.packet import DropReason, Packet, build_tcp, verify_checksums
+from tests.readiness import readable, writable
 
 pytestmark = pytest.mark.root
 
@@ -141,7 +141,7 @@ def connect(tun: TunDevice, sock: socket.socket, version: int) -> int:
     segment_size = b"\x02\x04" + struct.pack("!H", 1000)
     answer = build_tcp(syn.dst, syn.src, 443, port, SYN | ACK, 7, start, options=segment_size)
     assert tun.write(HEADER + answer.data)
-    assert select.select([], [sock], [], 10)[1]
+    assert writable(sock)
     return start
 
 
@@ -299,5 +299,5 @@ def with_checksum(data: bytes, at: int) -> bytes:
 
 
 def read(tun: TunDevice, limit: int) -> list[bytes]:
-    assert select.select([tun], [], [], 10)[0]
+    assert readable(tun)
     return tun.read_batch(limit)

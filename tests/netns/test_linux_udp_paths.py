@@ -13,6 +13,7 @@ import pytest
 from fz_core.lab import Host, Lab
 from fz_core.linux import UdpSocket
 from fz_core.packet import Address
+from tests.readiness import readable, writable
 
 pytestmark = pytest.mark.root
 
@@ -72,7 +73,7 @@ def test_a_full_socket_takes_the_rest_later(ends: Ends, monkeypatch: pytest.Monk
             assert taken % 1000 == 0
             assert taken < len(rest)
             rest, waits = rest[taken:], waits + 1
-            assert select.select([], [small], [], 10)[1]
+            assert writable(small)
         assert waits > 0
         assert receive(ends.b, 40) == wanted
         assert small.take_errors() == []
@@ -133,7 +134,7 @@ def address(host: Host, udp: UdpSocket) -> Address:
 
 
 def wait(udp: UdpSocket) -> list[tuple[Address, Address, int, bytes, int]]:
-    assert select.select([udp], [], [], 10)[0]
+    assert readable(udp)
     return udp.recv_batch()
 
 

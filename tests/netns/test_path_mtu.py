@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from fz_core.linux import UdpSocket
 from fz_core.packet import Address, checksum
 from tests.netns.path_mtu_scenarios import connected, narrow, narrow_link, narrow_router, transfer, upload
 from tests.netns.scenarios import eventually
+from tests.readiness import readable
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 
@@ -166,14 +166,14 @@ def test_a_storm_of_forged_errors_neither_fills_the_socket_nor_ends_a_path() -> 
             remote = Address(socket.inet_aton(far.ipv4), peer.port)
             with near.entered():
                 eventually_equal(lambda: udp.path_mtu(remote), 552)
-            assert not select.select([udp], [], [], 0)[0]
+            assert not readable(udp, within=0.0)
             assert udp.send_batch(bytes(500), 500, remote) is None
             assert udp.take_errors() == []
             backwards = Address(socket.inet_aton(near.ipv4), udp.port)
             assert peer.send_batch(bytes(49 * 1316), 1316, backwards) is None
             received = 0
             while received < 49 * 1316:
-                assert select.select([udp], [], [], 5.0)[0]
+                assert readable(udp)
                 received += sum(len(data) for _, _, _, data, _ in udp.recv_batch())
 
 

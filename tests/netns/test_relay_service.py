@@ -34,10 +34,11 @@ SOL_UDP, UDP_SEGMENT = 17, 103
 
 
 class RelayThread:
-    """A relay on loopback in a thread of its own."""
+    """A relay on loopback in a thread of its own, and its clients."""
 
     def __init__(self) -> None:
         self.relay: Relay
+        self._clients: list[TurnPeer] = []
         self._started = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._main,))
 
@@ -57,11 +58,14 @@ class RelayThread:
     def stop(self) -> None:
         self._token.run_sync_soon(self._scope.cancel)
         self._thread.join(10)
+        for client in self._clients:
+            client.close()
 
     def client(self, family: int = 4, salt: str = "s", *, password: str = "", **switches: bool) -> TurnPeer:
         listen = next(a for a in self.relay.listen_addresses if len(a.ip) == family)
         username, right = relay_credentials(EXPIRY, salt, self.relay.stamp_secret)
-        return TurnPeer(listen, (username, password or right), **switches)
+        self._clients.append(TurnPeer(listen, (username, password or right), **switches))
+        return self._clients[-1]
 
 
 @pytest.fixture
@@ -73,9 +77,7 @@ def running() -> Iterator[RelayThread]:
 
 @pytest.mark.parametrize(("family", "host"), [(4, "127.0.0.1"), (16, "::1"), (4, "::1"), (16, "127.0.0.1")])
 def test_allocate_and_talk(running: RelayThread, family: int, host: str) -> None:
-    client = running.client(family)
-    allocate_and_talk(client, host)
-    client.close()
+    allocate_and_talk(running.client(family), host)
 
 
 def test_the_dialect_for_coturn_works_here_too(running: RelayThread) -> None:

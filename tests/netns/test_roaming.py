@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import socket
 import time
@@ -27,6 +26,7 @@ from fz_core.linux.netlink import Interface
 from fz_core.packet import Address
 from fz_core.tunnel import ClientTunnel
 from tests.netns.scenarios import eventually
+from tests.readiness import readable
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("ip", "nft", "curl", "ss")]
 
@@ -295,7 +295,7 @@ def leaves_from(laptop: Host, udp: UdpSocket) -> str:
     with router.socket(socket.AF_INET6) as sink:
         sink.bind(("::", 7000))
         udp.send_batch(b"x", 1, Address.parse("[172:30::254]:7000"))
-        assert select.select([sink], [], [], 10)[0]
+        assert readable(sink)
         return str(sink.recvfrom(10)[1][0])
 
 

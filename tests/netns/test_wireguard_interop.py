@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import secrets
-import select
 import socket
 import struct
 import subprocess
@@ -24,6 +23,7 @@ import pytest
 from fz_core.crypto import PrivateKey
 from fz_core.packet import DropReason
 from fz_core.wireguard import RateLimiter, SessionEstablished, Tunnel, receiver_index
+from tests.readiness import readable
 
 pytestmark = [
     pytest.mark.root,
@@ -199,7 +199,7 @@ class Local:
 
     def drain(self) -> None:
         """Read until nothing comes for a moment."""
-        while select.select([self.socket], [], [], 0.1)[0]:
+        while readable(self.socket, within=0.1):
             self.receive(*self.socket.recvfrom(2048))
 
     def rebind(self) -> None:
@@ -218,7 +218,7 @@ class Local:
             assert time.monotonic() < give_up_at, f"nothing happened; drops: {self.drops[-5:]}"
             due = self.tunnel.poll_timeout()
             wait = 0.1 if due is None else min(max(due - self.now(), 0.0), 0.1)
-            if select.select([self.socket], [], [], wait)[0]:
+            if readable(self.socket, within=wait):
                 self.receive(*self.socket.recvfrom(2048))
 
     def receive(self, datagram: bytes, source: tuple[str, int]) -> None:

@@ -6,14 +6,14 @@ that waiting for retransmissions costs nothing.
 
 from __future__ import annotations
 
-import select
+import secrets
 import socket
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from fz_core.packet import Address, Transmit
 from fz_core.turn import Allocation
+from tests.readiness import readable
 
 QUIET = 0.3
 MAX_STEPS = 60
@@ -44,12 +44,9 @@ class TurnPeer:
         self.received: list[tuple[Address, bytes]] = []
         addresses = (relay, None) if relay.is_ipv4 else (None, relay)
         self.allocation = Allocation(
-            "relay", addresses, *credentials, "firezone", self.now, self.random_bytes, **switches
+            "relay", addresses, *credentials, "firezone", self.now, secrets.token_bytes, **switches
         )
         self.step()
-
-    def random_bytes(self, count: int) -> bytes:
-        return uuid.uuid4().bytes[:count]
 
     def close(self) -> None:
         self.sock.close()
@@ -58,7 +55,7 @@ class TurnPeer:
         """Send all, then take one datagram or let the next deadline come."""
         while (transmit := self.allocation.poll_transmit()) is not None:
             self.send(transmit)
-        if select.select([self.sock], [], [], QUIET)[0]:
+        if readable(self.sock, within=QUIET):
             data, source = self.sock.recvfrom(65536)
             self.now += 0.001
             self.take(data, address_of(source))
@@ -146,7 +143,7 @@ def renew_nonce(client: TurnPeer) -> None:
     client.until(lambda: not client.is_busy)
     credentials = client.allocation._credentials
     assert credentials is not None
-    credentials.nonce = stale = str(uuid.uuid4())
+    credentials.nonce = stale = secrets.token_hex(16)
     client.allocation.refresh(client.now)
     client.until(lambda: not client.is_busy)
     assert credentials.nonce != stale

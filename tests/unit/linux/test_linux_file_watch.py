@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fz_core.linux import FileWatch
+from tests.readiness import readable
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def replace(path: Path) -> None:
 def test_every_way_to_change_a_file(watch: FileWatch, path: Path, change: Callable[[Path], object]) -> None:
     assert not watch.drain()
     change(path)
-    assert select.select([watch.fileno()], [], [], 10)[0]
+    assert readable(watch)
     assert watch.drain()
     assert not watch.drain()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import socket
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import pytest
 
 from fz_core.linux import MarkError, UdpSocket, set_mark
 from fz_core.packet import Address
+from tests.readiness import readable
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 LOOPBACK = {V4: Address(bytes([127, 0, 0, 1]), 0), V6: Address(bytes(15) + b"\1", 0)}
@@ -139,7 +139,7 @@ def test_receive_limit_leaves_the_rest_queued() -> None:
     with UdpSocket.bind(V4, 0, None) as a, UdpSocket.bind(V4, 0, None, gro=False) as b:
         for i in range(5):
             a.send_batch(bytes([i]), 1, at(b))
-        select.select([b], [], [], 10)
+        assert readable(b)
         assert [m[3] for m in b.recv_batch(2)] == [b"\0", b"\1"]
         assert [m[3] for m in b.recv_batch()] == [b"\2", b"\3", b"\4"]
         assert b.recv_batch() == []
@@ -213,7 +213,7 @@ def receive(udp: UdpSocket, size: int) -> list[tuple[Address, Address, int, byte
     """Batches until `size` bytes have come."""
     found: list[tuple[Address, Address, int, bytes, int]] = []
     while sum(len(m[3]) for m in found) < size:
-        assert select.select([udp], [], [], 10)[0], f"only {found} arrived"
+        assert readable(udp), f"only {found} arrived"
         found += udp.recv_batch()
     return found
 
