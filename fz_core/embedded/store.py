@@ -75,16 +75,23 @@ class Store:
             _make_private(Path(path))
         try:
             self._db = sqlite3.connect(path, timeout=1.0, isolation_level=None)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._migrate(path)
+            try:
+                self._prepare(path)
+            except BaseException:
+                self.close()
+                raise
         except sqlite3.Error as error:
             raise StoreError(f"state file {path}: {error}; stop the other portal or move the file away") from None
 
     def close(self) -> None:
         """Give the file back."""
         self._db.close()
+
+    def _prepare(self, path: str | Path) -> None:
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._migrate(path)
 
     def _migrate(self, path: str | Path) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import stat
+from contextlib import closing
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -22,15 +24,14 @@ def open_store(path: Path | str = ":memory:", seed: int = 1) -> Store:
 
 def test_a_device_is_found_again(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
-    store = open_store(path)
-    first = store.find_or_create("client", "owner", "ext", "name", 1)
-    store.put_grant(Grant(first.id, "r", "g", "f", 9))
-    store.close()
-    store = open_store(path, seed=2)
-    again = store.find_or_create("client", "owner", "ext", "new name", 2)
-    assert (again.id, again.ipv4, again.ipv6, again.psk_base) == (first.id, first.ipv4, first.ipv6, first.psk_base)
-    assert again.name == "new name"
-    assert store.grants() == [Grant(first.id, "r", "g", "f", 9)]
+    with closing(open_store(path)) as store:
+        first = store.find_or_create("client", "owner", "ext", "name", 1)
+        store.put_grant(Grant(first.id, "r", "g", "f", 9))
+    with closing(open_store(path, seed=2)) as store:
+        again = store.find_or_create("client", "owner", "ext", "new name", 2)
+        assert (again.id, again.ipv4, again.ipv6, again.psk_base) == (first.id, first.ipv4, first.ipv6, first.psk_base)
+        assert again.name == "new name"
+        assert store.grants() == [Grant(first.id, "r", "g", "f", 9)]
     assert first.psk_base.hex() not in repr(first)
 
 
@@ -57,27 +58,27 @@ def test_a_taken_address_is_probed_past_and_the_ends_are_never_used() -> None:
 def test_the_file_is_private(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite3"
     path.touch(0o644)
-    store = open_store(path)
-    store.find_or_create("client", "o", "x", "n", 1)
-    for name in tmp_path.iterdir():
-        assert stat.S_IMODE(name.stat().st_mode) == 0o600, name
+    with closing(open_store(path)) as store:
+        store.find_or_create("client", "o", "x", "n", 1)
+        for name in tmp_path.iterdir():
+            assert stat.S_IMODE(name.stat().st_mode) == 0o600, name
 
 
 def test_what_was_stored_survives_a_crash(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "state.sqlite3")
-    device = store.find_or_create("client", "o", "x", "n", 1)
     crashed = tmp_path / "crashed"
     crashed.mkdir()
-    for path in tmp_path.glob("state.sqlite3*"):
-        shutil.copy(path, crashed / path.name)  # as after a power cut: nothing was closed
-    assert open_store(crashed / "state.sqlite3").device(device.id) == device
+    with closing(open_store(tmp_path / "state.sqlite3")) as store:
+        device = store.find_or_create("client", "o", "x", "n", 1)
+        for path in tmp_path.glob("state.sqlite3*"):
+            shutil.copy(path, crashed / path.name)  # as after a power cut: nothing was closed
+    with closing(open_store(crashed / "state.sqlite3")) as store:
+        assert store.device(device.id) == device
 
 
 def test_two_portals_cannot_share_a_file(tmp_path: Path) -> None:
-    keep = open_store(tmp_path / "state.sqlite3")
-    with pytest.raises(StoreError, match="locked"):
+    with closing(open_store(tmp_path / "state.sqlite3")), pytest.raises(StoreError, match="locked"):
         open_store(tmp_path / "state.sqlite3")
-    keep.close()
+    assert open_below(tmp_path) == []
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         open_store(path)
     with pytest.raises(StoreError, match="create its directory"):
         open_store(tmp_path / "nowhere" / "state.sqlite3")
+    assert open_below(tmp_path) == []
 
 
 def test_the_oldest_device_that_is_offline_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +122,10 @@ def test_one_grant_per_client_resource_and_receiver() -> None:
     assert [g.expires_at for g in store.grants_at("g")] == [2]
     store.remove_grant(store.grants_at("g")[0])
     assert [g.receiver_id for g in store.grants()] == ["other"]
+
+
+def open_below(folder: Path) -> list[str]:
+    """Files in this folder that this process has open."""
+    descriptors = Path("/proc/self/fd").iterdir()
+    paths = [os.readlink(fd) for fd in descriptors if fd.is_symlink()]
+    return [path for path in paths if path.startswith(str(folder))]
