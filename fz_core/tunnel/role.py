@@ -66,7 +66,7 @@ class TunnelRole(ABC):
         self._transmits: deque[Transmit] = deque()
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
-        self.wants_verdicts = False
+        self._wants_verdicts = False
         self.generation = 0
         self._may_offer = False  # whether the packet in hand may become a verdict
         self._verdict: Verdict | None = None
@@ -105,12 +105,13 @@ class TunnelRole(ABC):
 
     def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
         """Take an IP packet from the TUN device; the error, if any, concerns this packet alone."""
-        self._may_offer, self._verdict = self.wants_verdicts, None
+        if self._wants_verdicts:
+            self._may_offer, self._verdict = True, None
         packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
         if isinstance(packet, DropReason):
             return self._drop(packet)
         reason = self._route(packet, now)
-        if self.wants_verdicts and self.node.has_events:
+        if self._wants_verdicts and self.node.has_events:
             self._collect(now)  # another path, say, which makes verdicts void
         return None if reason is None else self._drop(reason, packet.src, packet.dst)
 
@@ -118,30 +119,29 @@ class TunnelRole(ABC):
         self, local: Address, remote: Address, datagram: bytes, ecn: int, now: float
     ) -> PacketError | None:
         """Take a UDP datagram; inner packets come out of `poll_packet`."""
-        self._may_offer, self._verdict = self.wants_verdicts, None
         received = self.node.handle_network_input(local, remote, datagram, now)
+        return self._handle_received(received, local, remote, ecn, now)
+
+    def handle_opened(
+        self, peer_id: str, local: Address, remote: Address, ecn: int, plaintext: bytes, now: float
+    ) -> PacketError | None:
+        """Take a data datagram of a peer that somebody else has opened; with a relay between, as if it were not."""
+        received = self.node.handle_opened(peer_id, local, remote, plaintext, now)
+        return self._handle_received(received, local, remote, ecn, now)
+
+    def _handle_received(
+        self, received: tuple[str, bytes] | DropReason | None, local: Address, remote: Address, ecn: int, now: float
+    ) -> PacketError | None:
+        """What the node made of a datagram: a packet of a peer, nothing more to do, or why it was dropped."""
+        if self._wants_verdicts:
+            self._may_offer, self._verdict = True, None
         if received is None:
             self._collect(now)
             return None
         if isinstance(received, DropReason):
             self._collect(now)
             return self._drop(received, remote, local)
-        return self._handle_received(*received, local, remote, ecn, now)
-
-    def handle_opened(
-        self, peer_id: str, local: Address, remote: Address, ecn: int, plaintext: bytes, now: float
-    ) -> PacketError | None:
-        """Take a data datagram of a peer that somebody else has opened; with a relay between, as if it were not."""
-        self._may_offer, self._verdict = self.wants_verdicts, None
-        received = self.node.handle_opened(peer_id, local, remote, plaintext, now)
-        if received is None:
-            self._collect(now)
-            return None
-        return self._handle_received(*received, local, remote, ecn, now)
-
-    def _handle_received(
-        self, peer_id: str, plaintext: bytes, local: Address, remote: Address, ecn: int, now: float
-    ) -> PacketError | None:
+        peer_id, plaintext = received
         packet = Packet.parse_untrusted(plaintext)
         if isinstance(packet, DropReason):
             return self._drop(packet, remote, local)
@@ -159,6 +159,15 @@ class TunnelRole(ABC):
         self._tell_path_mtus()
 
     # verdicts
+
+    @property
+    def wants_verdicts(self) -> bool:
+        """Whether there is somebody who takes them; then everything below must be taken after each call."""
+        return self._wants_verdicts
+
+    @wants_verdicts.setter
+    def wants_verdicts(self, wanted: bool) -> None:
+        self._wants_verdicts, self._may_offer = wanted, False
 
     def take_verdict(self) -> Verdict | None:
         """How later packets like the one just handled are treated; None if they must be handled here too."""
@@ -186,7 +195,7 @@ class TunnelRole(ABC):
 
     def _void_peer(self, peer_id: str) -> None:
         """What concerns this peer may be."""
-        if self.wants_verdicts:
+        if self._wants_verdicts:
             self._stale.add(peer_id)
         self._verdict = None
 
