@@ -28,6 +28,7 @@ UNNEEDED = {
     "fz_core.commands": "the portal and the relay are other programs",
     "fz_core.lab": "for tests and benchmarks",
     "prometheus_client": "for the relay",
+    "fz_core.turn.server": "for the relay",
     "pytest": "for tests",
 }
 GATEWAY_ONLY = (
