@@ -76,6 +76,7 @@ cdef class Pump:
     cdef int _kick
     cdef int _wake
     cdef bint _shows_stall             # whether the poll waits for room instead of packets
+    cdef double _clock                 # what a test says the time is; 0: the kernel's
     cdef list _held                    # by slot: the tunnel and its sessions, whose memory the pump reads
     cdef uint32_t _swept[2]
     cdef readonly int threads
@@ -135,9 +136,13 @@ cdef class Pump:
                 if turn(self, sends, receives) == 0:
                     wait(self, sends, receives)
 
-    def step(self):
-        """One turn of both halves, in the caller's thread: for tests. How many reads and messages there were."""
+    def step(self, double now=0.0):
+        """One turn of both halves, in the caller's thread: for tests. How many reads and messages there were.
+
+        `now` stands for the kernel's clock from here on, 0 for that itself.
+        """
         cdef int done
+        self._clock = now
         with nogil:
             done = turn(self, True, True)
         return done
@@ -333,7 +338,7 @@ cdef class Pump:
         flow.peer_generation = self._peers.peers[slot].generation
         flow.ttl = ttl
         flow.until = until
-        flow.last_at = fz_now()
+        flow.last_at = clock_of(self)
         flow.is_referenced = 1
         if flow.diverted > self._taken[half]:
             # More of it came while the first packet was decided about: read nothing until the driver has seen that.
@@ -386,7 +391,7 @@ cdef class Pump:
 cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
     """Both halves once; 0 if there was nothing to do."""
     cdef int done = 0
-    cdef double now = fz_now()
+    cdef double now = clock_of(self)
     if receives:
         done += turn_in(self, now)
     if sends:
@@ -395,6 +400,10 @@ cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
         fz_set(&self._tells_activity, 0)
         fz_signal(self._wake)
     return done
+
+
+cdef inline double clock_of(Pump self) noexcept nogil:
+    return self._clock if self._clock else fz_now()
 
 
 cdef int turn_in(Pump self, double now) noexcept nogil:
@@ -554,7 +563,7 @@ cdef int collect(Pump self, int half, FlowTable *table, list notes) except -1:
 cdef int sweep_half(Pump self, int half, FlowTable *table, Ring *ring, uint32_t most, list gone) except -1:
     cdef uint32_t i, index
     cdef Flow *flow
-    cdef double now = fz_now()
+    cdef double now = clock_of(self)
     lock(self, half)
     for i in range(min(most, table.used)):
         index = self._swept[half] = (self._swept[half] + 1) % table.used
