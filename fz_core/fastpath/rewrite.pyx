@@ -8,11 +8,16 @@ from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from fz_core.fastpath.flows cimport Flow, FlowKey
+from fz_core.fastpath.system cimport htons
 from fz_core.packet.checksum cimport add_bytes, adjust, finish, get16, load, put16, store
 from fz_core.packet.layout cimport PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, Layout
 
 cdef enum:
     FIN_SYN_RST = 0x07
+    ECHO_REPLY_V4 = 0
+    ECHO_REQUEST_V4 = 8
+    ECHO_REQUEST_V6 = 128
+    ECHO_REPLY_V6 = 129
 
 
 cdef void key_of(const uint8_t *ip, const Layout *layout, FlowKey *key) noexcept nogil:
@@ -52,6 +57,7 @@ cdef void prepare_rewrite(Flow *flow) noexcept nogil:
     flow.old_sum, flow.new_sum = old_ports, new_ports
     if old.protocol != PROTO_ICMP:  # which covers no addresses
         flow.old_sum += flow.old_ip_sum
+    if new.protocol != PROTO_ICMP:
         flow.new_sum += flow.new_ip_sum
     flow.is_rewritten = (
         flow.crosses or flow.old_ip_sum != flow.new_ip_sum or flow.old_sum != flow.new_sum or not same_ends(old, new)
@@ -67,7 +73,10 @@ cdef bint same_ends(const FlowKey *a, const FlowKey *b) noexcept nogil:
 
 
 cdef uint8_t *rewrite(Flow *flow, uint8_t *ip, int l4, int size) noexcept nogil:
-    rewrite_transport(flow, ip + l4)
+    if flow.crosses and flow.key.protocol != PROTO_TCP and flow.key.protocol != PROTO_UDP:
+        rewrite_echo(flow, ip + l4, size - l4)
+    else:
+        rewrite_transport(flow, ip + l4)
     if flow.crosses:
         return to_v6(flow, ip, size) if flow.key.version == 4 else to_v4(flow, ip, size)
     if flow.key.version == 4:
@@ -94,6 +103,22 @@ cdef void rewrite_transport(Flow *flow, uint8_t *l4) noexcept nogil:
         store(l4 + 4, flow.after.src_port)
         field = 2
     store(l4 + field, adjust(load(l4 + field), flow.old_sum, flow.new_sum))
+
+
+cdef void rewrite_echo(Flow *flow, uint8_t *l4, int length) noexcept nogil:
+    """An echo that crosses: its type has another number, and only ICMPv6 covers a pseudo-header."""
+    cdef uint64_t pseudo = <uint64_t>htons(<uint16_t>length) + htons(PROTO_ICMPV6)
+    cdef uint64_t old = flow.old_sum + load(l4)
+    cdef uint64_t new = flow.new_sum
+    if flow.key.version == 4:
+        l4[0] = ECHO_REPLY_V6 if l4[0] == ECHO_REPLY_V4 else ECHO_REQUEST_V6
+        new += pseudo
+    else:
+        l4[0] = ECHO_REPLY_V4 if l4[0] == ECHO_REPLY_V6 else ECHO_REQUEST_V4
+        old += pseudo
+    new += load(l4)
+    store(l4 + 4, flow.after.src_port)
+    store(l4 + 2, adjust(load(l4 + 2), old, new))
 
 
 cdef uint8_t *to_v6(Flow *flow, uint8_t *ip, int size) noexcept nogil:
@@ -129,3 +154,18 @@ cdef uint8_t *to_v4(Flow *flow, uint8_t *ip, int size) noexcept nogil:
     memcpy(out + 16, flow.after.dst, 4)
     store(out + 10, finish(add_bytes(0, out, 20)))
     return out
+
+
+cdef bint mark_congestion(uint8_t *ip, int version) noexcept nogil:
+    cdef uint16_t old = load(ip)
+    if version == 4:
+        if not ip[1] & 3:
+            return False
+        ip[1] |= 3
+        if load(ip) != old:
+            store(ip + 10, adjust(load(ip + 10), old, load(ip)))
+        return True
+    if not ip[1] & 0x30:
+        return False
+    ip[1] |= 0x30
+    return True
