@@ -45,8 +45,11 @@ class Aging(Generic[K]):
         Where other keys were used since, it counts as of then, so that the order stays that of the times.
         """
         used_at = self._used_at.get(key)
-        if used_at is not None and at > used_at:
-            self.touch(key, max(at, self._used_at[next(reversed(self._used_at))]))
+        if used_at is None:
+            return
+        newest = self._used_at[next(reversed(self._used_at))]
+        if at > used_at or at == newest:
+            self.touch(key, max(at, newest))
 
     def remove(self, key: K) -> bool:
         """Forget a key; whether it was known."""

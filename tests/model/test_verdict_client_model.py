@@ -96,7 +96,7 @@ class ClientRun:
             if self.random.random() < 0.06:
                 self.random.choice(rare)()
                 self.remember()
-                self.twins.probe(self.like, 30)
+                self.twins.probe(self.like, self.random, 30)
             if self.random.random() < 0.12:
                 self.wait()
 
@@ -185,7 +185,7 @@ class ClientRun:
             self.take(peer, self.like(key))
 
     def probe(self) -> None:
-        self.twins.probe(self.like, 3)
+        self.twins.probe(self.like, self.random, 5)
 
     def end_flow(self) -> None:
         """FIN or RST of what is in force."""
@@ -409,7 +409,7 @@ def test_a_flow_table_changes_nothing(is_tracking: bool) -> None:
     carried: Counter[str] = Counter()
     voided: Counter[str] = Counter()
     records = 0
-    for seed in range(30):
+    for seed in range(60):
         run = ClientRun(seed, is_tracking)
         try:
             run.run(500)

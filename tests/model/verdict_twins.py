@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 from fz_core.node import events as node_events
@@ -261,9 +262,10 @@ class Twins:
 
         return self._give(peer_id, packet, hand)
 
-    def probe(self, build: Callable[[FlowKey], Packet], most: int) -> None:
-        """A packet for each verdict in force."""
-        for verdict in self.table.in_force(self.now)[-most:]:
+    def probe(self, build: Callable[[FlowKey], Packet], random: Random, most: int) -> None:
+        """A packet for some of the verdicts in force."""
+        in_force = self.table.in_force(self.now)
+        for verdict in random.sample(in_force, min(most, len(in_force))):
             packet = build(verdict.before)
             if verdict.is_inbound:
                 self.from_peer(verdict.peer_id, packet)
