@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from fz_core.lab import Host, Lab
+from fz_core.lab import Host
 from fz_core.linux import HostError, NetworkMonitor, TunDevice, set_mark
 from fz_core.linux.netlink import Interface
 from tests.readiness import readable
@@ -23,15 +23,6 @@ V4, V6 = IPv4Address("100.64.0.7"), IPv6Address("fd00:2021:1111::7")
 USER, LINK_SCOPE, INTERNET = 0x2021FD00, 0x2021FD01, 0x2021FD02
 MARK = 0xFD002021
 DEFAULTS = (ip_network("0.0.0.0/0"), ip_network("::/0"))
-
-
-@pytest.fixture
-def laptop() -> Iterator[Host]:
-    """A host with a LAN (172.30.0.0/24), seen from inside."""
-    with Lab() as lab:
-        host = lab.host("laptop", lab.router("home", 30))
-        with host.entered():
-            yield host
 
 
 @pytest.fixture

@@ -58,12 +58,13 @@ class Watched:
 
 
 @pytest.fixture
-def laptop() -> Iterator[Host]:
-    """This thread is in its namespace."""
+def system() -> Iterator[System]:
+    """One client, whose requests are answered."""
     with Lab() as lab:
-        host = lab.host("laptop", lab.router("home", 30))
-        with host.entered():
-            yield host
+        system = System(lab)
+        system.start()
+        eventually(system, 20.0)
+        yield system
 
 
 @pytest.fixture
@@ -161,52 +162,42 @@ async def test_temporary_ipv6_addresses_come_and_go_unnoticed(watched: Watched) 
 
 
 @pytest.mark.shows("io", 13, 24, 47)
-def test_a_download_survives_sighup_and_another_network() -> None:
+def test_a_download_survives_sighup_and_another_network(system: System) -> None:
     """Sockets keep their ports and marks; each occasion is one reset."""
-    with Lab() as lab:
-        system = System(lab)
-        system.start()
-        eventually(system, 20.0)
-        client = system.clients[0]
-        cafe = lab.router("cafe", 40)
-        assert_marked(client.host, client.process.pid)
-        download = client.host.spawn(
-            "download",
-            ["curl", "-sS", "--limit-rate", "3M", "--max-time", "60", "-o", str(lab.folder / "file"),
-             "-w", "got %{size_download}", f"http://10.20.0.80/bytes?num={DOWNLOAD}"],
-        )  # fmt: skip
-        time.sleep(1.0)
-        client.process.send_signal(signal.SIGHUP)
-        client.process.wait_for_line("Resetting session reason=SIGHUP")
-        eventually(system, 10.0)
-        assert_marked(client.host, client.process.pid)
-        time.sleep(1.0)
-        client.host.unplug()
-        time.sleep(2.0)
-        cafe.attach(client.host)
-        client.process.wait_for_line('Resetting session reason="a source address changed"')
-        eventually(system, 10.0)
-        download.wait_for_line(f"got {DOWNLOAD}", 60.0)
-        assert client.process.output.count("Resetting session") == 2
-        assert client.process.output.count("ConnectionUp") == 3
-        assert_marked(client.host, client.process.pid)
-        assert system.warnings() == []
+    client, cafe = system.clients[0], system.lab.router("cafe", 40)
+    assert_marked(client.host, client.process.pid)
+    download = client.host.spawn(
+        "download",
+        ["curl", "-sS", "--limit-rate", "3M", "--max-time", "60", "-o", str(system.lab.folder / "file"),
+         "-w", "got %{size_download}", f"http://10.20.0.80/bytes?num={DOWNLOAD}"],
+    )  # fmt: skip
+    time.sleep(1.0)
+    client.process.send_signal(signal.SIGHUP)
+    client.process.wait_for_line("Resetting session reason=SIGHUP")
+    eventually(system, 10.0)
+    assert_marked(client.host, client.process.pid)
+    time.sleep(1.0)
+    client.host.unplug()
+    time.sleep(2.0)
+    cafe.attach(client.host)
+    client.process.wait_for_line('Resetting session reason="a source address changed"')
+    eventually(system, 10.0)
+    download.wait_for_line(f"got {DOWNLOAD}", 60.0)
+    assert client.process.output.count("Resetting session") == 2
+    assert client.process.output.count("ConnectionUp") == 3
+    assert_marked(client.host, client.process.pid)
+    assert system.warnings() == []
 
 
-def test_a_signal_with_the_change_is_still_one_reset() -> None:
-    with Lab() as lab:
-        system = System(lab)
-        system.start()
-        eventually(system, 20.0)
-        client = system.clients[0]
-        cafe = lab.router("cafe", 40)
-        client.host.unplug()
-        time.sleep(1.0)
-        cafe.attach(client.host)
-        client.process.send_signal(signal.SIGHUP)
-        eventually(system, 10.0)
-        time.sleep(2.0)
-        assert client.process.output.count("Resetting session") == 1
+def test_a_signal_with_the_change_is_still_one_reset(system: System) -> None:
+    client, cafe = system.clients[0], system.lab.router("cafe", 40)
+    client.host.unplug()
+    time.sleep(1.0)
+    cafe.attach(client.host)
+    client.process.send_signal(signal.SIGHUP)
+    eventually(system, 10.0)
+    time.sleep(2.0)
+    assert client.process.output.count("Resetting session") == 1
 
 
 @pytest.mark.shows("io", 9)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import structlog
 
 from fz_core.driver import flow_log, logs
 from fz_core.packet import Address
@@ -43,15 +40,7 @@ FIELDS = [
 END_FIELDS = 6
 
 
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.getLogger("flow_logs").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("restored_logs")
 
 
 def a_record(kind: RecordKind = RecordKind.END, **claims: Any) -> FlowRecord:

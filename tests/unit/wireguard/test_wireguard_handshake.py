@@ -149,15 +149,7 @@ def test_timestamps_increase_even_when_the_clock_stands_still() -> None:
 @pytest.mark.shows("connectivity", 44)
 def test_a_late_response_to_the_superseded_initiation_succeeds() -> None:
     pair = Pair()
-    late: list[bytes] = []
-    pair.lossy = lambda sender, datagram: sender is pair.b and not late.append(datagram)  # type: ignore[func-returns-value]
-    pair.a.tunnel.start_handshake(pair.now)
-    pair.exchange()
-    pair.lossy = lambda sender, datagram: True
-    while len(pair.a.sent) < 2:
-        pair.step()
-    pair.lossy = lambda sender, datagram: False
-    pair.a.inbox.append(late[0])
+    pair.a.inbox.append(late_response(pair, initiations=2))
     pair.exchange()
     assert pair.a.tunnel.has_session
     assert pair.b.tunnel.has_session
@@ -166,14 +158,8 @@ def test_a_late_response_to_the_superseded_initiation_succeeds() -> None:
 
 def test_a_response_older_than_the_superseded_initiation_fails() -> None:
     pair = Pair()
-    late: list[bytes] = []
-    pair.lossy = lambda sender, datagram: sender is pair.b and not late.append(datagram)  # type: ignore[func-returns-value]
-    pair.a.tunnel.start_handshake(pair.now)
-    pair.exchange()
-    pair.lossy = lambda sender, datagram: True
-    while len(pair.a.sent) < 3:
-        pair.step()
-    assert pair.deliver(pair.a, late[0]) is DropReason.WG_BAD_HANDSHAKE
+    late = late_response(pair, initiations=3)
+    assert pair.deliver(pair.a, late) is DropReason.WG_BAD_HANDSHAKE
 
 
 @pytest.mark.shows("connectivity", 44)
@@ -318,3 +304,16 @@ def with_mac1(body: bytes, public: bytes) -> bytes:
 
     key = blake2s(b"mac1----" + public).digest()
     return body + blake2s(body, key=key, digest_size=16).digest() + bytes(16)
+
+
+def late_response(pair: Pair, initiations: int) -> bytes:
+    """The response to the first of so many initiations, all that was lost; from now on nothing is."""
+    late: list[bytes] = []
+    pair.lossy = lambda sender, datagram: sender is pair.b and not late.append(datagram)  # type: ignore[func-returns-value]
+    pair.a.tunnel.start_handshake(pair.now)
+    pair.exchange()
+    pair.lossy = lambda sender, datagram: True
+    while len(pair.a.sent) < initiations:
+        pair.step()
+    pair.lossy = lambda sender, datagram: False
+    return late[0]
