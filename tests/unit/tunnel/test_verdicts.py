@@ -319,6 +319,15 @@ def test_a_closing_flow_is_carried_by_nobody(is_reset: bool) -> None:
     assert not logged.flows.support(drafted(build_tcp(OWN, REAL, 1000, 443, ACK), is_inbound=False), is_tx=True)
 
 
+def test_a_closing_flow_is_counted_even_when_its_token_is_gone() -> None:
+    logged = Logged()
+    logged.tx()
+    logged.tx(ACK | FIN)
+    there = logged.rx(ACK | FIN)
+    logged.flows.end_access("p", "r", 0.0)
+    assert not logged.flows.support(there, is_tx=False)
+
+
 def test_what_may_yet_start_a_flow_is_carried_by_nobody() -> None:
     logged = Logged()
     bare = logged.tx(payload=b"")
