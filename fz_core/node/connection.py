@@ -175,8 +175,6 @@ class Connection:
         self.heard_at = now  # data, not handshakes: those may come in while answers go nowhere
         self.failure: str | None = None
         self.path_changed = False
-        self.dirty = True
-        self._deadline: float | None = None
         self._held: deque[bytes] = deque(maxlen=BUFFERED_DATAGRAMS)
         self._candidates_due_at: float | None = now + CANDIDATE_TIMEOUT
         self._disconnected_at: float | None = None
@@ -212,7 +210,6 @@ class Connection:
         if self.agent.remote_candidates:
             self._candidates_due_at = None
         self.touch(now)
-        self.dirty = True
 
     def announcement(self, candidate: Candidate) -> str:
         """The text that tells the peer of a candidate of ours."""
@@ -281,7 +278,6 @@ class Connection:
         if self.state is State.IDLE:
             self.state = State.CONNECTED
             self.agent.set_profile(self._profiles.active, now)
-            self.dirty = True
 
     def may_signal_again(self, now: float) -> bool:
         """Whether an unconnected peer may be told our candidates once more; asked for, at most every 2 s."""
@@ -313,7 +309,6 @@ class Connection:
             self.state = State.IDLE
             self.agent.set_profile(self._profiles.idle, now)
         self._watch_path(now)
-        self.dirty = True
 
     def _watch_path(self, now: float) -> None:
         unheard_since = self._unheard.since
@@ -361,9 +356,7 @@ class Connection:
                 self._stuck_at = now + STUCK
 
     def deadline(self) -> float | None:
-        """When `handle_timeout` is next due."""
-        if not self.dirty:
-            return self._deadline
+        """When `handle_timeout` is next due. Whoever calls anything that changes this connection asks again."""
         due = [
             self.agent.poll_timeout(),
             self.tunnel.poll_timeout(),
@@ -377,9 +370,7 @@ class Connection:
             self._stuck_at,
             self._retell_at,
         ]
-        self._deadline = min((d for d in due if d is not None), default=None)
-        self.dirty = False
-        return self._deadline
+        return min((d for d in due if d is not None), default=None)
 
     def handle_check(self, local: Address, remote: Address, message: Message, now: float) -> DropReason | None:
         """A STUN message of the peer."""
@@ -410,7 +401,7 @@ class Connection:
         """Packets were sent on the path, or came the way the last data did; whether the agent wants its turn."""
         sent_at, heard_at, unheard_since = carried
         before, self._carried = self._carried, carried
-        self.dirty, wants_turn = True, False
+        wants_turn = False
         if heard_at is not None and heard_at != before.heard_at and self.received_on is not None:
             self._note_heard(*self.received_on, heard_at)
             wants_turn = self._note_active(heard_at, now)
@@ -441,7 +432,6 @@ class Connection:
 
     def settle(self, now: float) -> None:
         """Let agent and tunnel react to each other until both are quiet."""
-        self.dirty = True
         while (event := self.agent.poll_event()) is not None:
             if isinstance(event, Nominated):
                 self._use(event, now)
@@ -524,4 +514,3 @@ class Connection:
         """Give up; the node removes the connection at its next turn."""
         self.state = State.FAILED
         self.failure = self.failure or reason
-        self.dirty = True

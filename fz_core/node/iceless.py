@@ -54,7 +54,6 @@ class IcelessConnection(Connection):
     def rebuild(self, keep: Collection[Candidate], now: float) -> None:
         """Our surroundings changed. Data stays on the last path until there is another."""
         self.agent.rebuild(now, keep)
-        self.dirty = True
 
     # candidates
 
@@ -118,8 +117,7 @@ class IcelessConnection(Connection):
 
     def _note_heard(self, local: Address, remote: Address, at: float) -> None:
         self.heard_at = max(self.heard_at, at)
-        if self.agent.note_data_received(local, remote, at):
-            self.dirty = True
+        self.agent.note_data_received(local, remote, at)
 
     def _note_carried_sent(self, first: float | None, last: float) -> bool:
         return self.agent.note_data_carried(first, last)

@@ -92,6 +92,7 @@ class Node(RelayingNode):
             for candidate in connection.agent.local_candidates:
                 self._events.append(CandidateRemoved(connection.peer_id, connection.withdrawal(candidate)))
             connection.rebuild((), now)
+            self._deadlines.note(connection)
         return [c.peer_id for c in connections if c.peer_id not in self._connections.by_peer]
 
     # connections
@@ -126,6 +127,7 @@ class Node(RelayingNode):
             now,
         )
         self._connections.add(connection)
+        self._deadlines.add(connection)
         for candidate in self._initial_candidates(relay):
             connection.agent.add_local_candidate(candidate, now)
         self._signal_candidates(connection)
@@ -252,7 +254,7 @@ class Node(RelayingNode):
             return self._renew_session(connection, packet, now)
         if isinstance(sealed, DropReason):
             return sealed
-        connection.dirty = True
+        self._deadlines.note(connection)
         if not sealed:
             return None  # a handshake is under way, and the packet goes out when it is done
         connection._last_activity = now
@@ -325,7 +327,7 @@ class Node(RelayingNode):
         relay = self._owner_of(local)
         if relay is not None:
             relay.note_data_received(remote, now)
-        connection.dirty = True
+        self._deadlines.note(connection)
         return self._take_opened(connection, local, remote, plaintext, now)
 
     def note_traffic(self, peer_id: str, carried: Carried, now: float) -> None:
@@ -333,6 +335,7 @@ class Node(RelayingNode):
         connection = self._connections.by_peer.get(peer_id)
         if connection is None:
             return
+        self._deadlines.note(connection)
         path, received_on = connection.path, connection.received_on
         sender = None if path is None else self._owner_of(path.local)
         if sender is not None and carried.sent_at is not None:
@@ -352,19 +355,17 @@ class Node(RelayingNode):
             if due is not None and due <= now:
                 allocation.handle_timeout(now)
         self._settle_relays(now)
-        for connection in list(self._connections.by_peer.values()):
-            due = connection.deadline()
-            if due is not None and due <= now:
-                connection.handle_timeout(now)
-                self._settle(connection, now)
+        for connection in self._deadlines.take(now):
+            connection.handle_timeout(now)
+            self._settle(connection, now)
         self._dispose_relays(now)
         self._retry_relays(now)
         self._migrate(now)
 
     def poll_timeout(self) -> float | None:
         """When `handle_timeout` is next due."""
-        due = [allocation.poll_timeout() for allocation in self._relays]
-        due += [connection.deadline() for connection in self._connections.by_peer.values()]
+        due = [self._deadlines.poll_timeout()]
+        due += [allocation.poll_timeout() for allocation in self._relays]
         due += [at for at, _ in self._retries.values()]
         return min((d for d in due if d is not None), default=None)
 
@@ -400,7 +401,7 @@ class Node(RelayingNode):
         if connection is None:
             return DropReason.WG_UNKNOWN_SESSION
         opened = connection.tunnel.handle_untrusted(datagram, remote.ip, now)
-        connection.dirty = True
+        self._deadlines.note(connection)
         if not isinstance(opened, bytes):
             self._settle(connection, now)
             return opened
@@ -473,6 +474,7 @@ class Node(RelayingNode):
     # settling: let the parts react until nothing is left
 
     def _settle(self, connection: Connection, now: float) -> None:
+        self._deadlines.note(connection)
         connection.settle(now)
         for outgoing in connection.outgoing(now):
             self._send(connection, outgoing, now)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
+from operator import methodcaller
 
 from fz_core.ice import Candidate, CandidateKind, is_usable
 from fz_core.node.connection import Connection, Outgoing, Retelling, State
+from fz_core.node.deadlines import Deadlines
 from fz_core.node.events import CandidateAdded, CandidateRemoved, NodeEvent, PeerLost, PeerSilent, RelaysExhausted
 from fz_core.node.lookup import Connections
 from fz_core.node.transport import Changes, Hop, Transport
@@ -39,6 +41,7 @@ class RelayingNode(ABC):
         self._random_bytes = random_bytes
         self._relays = Relays(random_bytes)
         self._connections = Connections()
+        self._deadlines: Deadlines[Connection] = Deadlines(methodcaller("deadline"))
         self._changes = Changes()
         self._transmits: deque[Transmit] = deque()
         self._events: deque[NodeEvent] = deque()
@@ -179,7 +182,9 @@ class RelayingNode(ABC):
 
     def _forget(self, peer_id: str) -> None:
         """Nothing travels to or from this peer any more."""
-        if self._connections.remove(peer_id) is not None:
+        connection = self._connections.remove(peer_id)
+        if connection is not None:
+            self._deadlines.remove(connection)
             self._changes.note(peer_id, ())
 
     # what relays tell
