@@ -299,6 +299,9 @@ cdef class Pump:
         peer.send_until = send_until
         set_way_out(peer, send)
         set_way_in(peer, receive)
+        if self._in.ring.produced > fz_get(&self._in.ring.done):
+            # What the pump opens from now on must not overtake datagrams that it handed over before.
+            ring_bar(&self._in.ring, self._in.ring.produced, clock_of(self))
         unlock_both(self)
         self._held[slot] = (tunnel, sessions)
 
