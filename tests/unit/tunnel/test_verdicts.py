@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
+import dns.message
 import pytest
+from bare_client import OWN4, SITE, Client
 from gateway_access import Access, cidr, packed, uuid
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from fz_core.dns import ProxyNames
 from fz_core.packet import Packet, build_echo, build_icmp_unreachable, build_ip, build_tcp, build_udp
 from fz_core.portal import client as c
 from fz_core.portal import gateway as g
-from fz_core.portal.types import FlowLogs
+from fz_core.portal.types import DnsResource, FlowLogs
 from fz_core.tunnel.aging import Aging
 from fz_core.tunnel.conntrack import ConnTrack
 from fz_core.tunnel.flow_tracking import FlowTracking
@@ -386,6 +388,53 @@ def test_what_was_carried_keeps_a_name_in_use() -> None:
     verdict.note(1, 1, 4000.0)
     assert setups.is_in_use("a.example", 12_439.0)
     assert not setups.is_in_use("a.example", 12_440.0)
+
+
+# a client
+
+
+def test_a_name_that_gets_addresses_voids_all_and_one_that_has_them_nothing() -> None:
+    client = Client(DnsResource(uuid(1), "*.example", "n", (), (SITE,)))
+    client.state.set_system_resolvers([REAL], client.now)
+
+    def generation_after(name: str) -> int:
+        wire = dns.message.make_query(name, "A").to_wire()
+        client.give(build_udp(OWN4.packed, packed("100.100.111.1"), 5353, 53, wire))
+        assert len(client.tun()) == 1
+        return client.state.generation
+
+    generation = client.state.generation
+    first = generation_after("a.example")
+    assert first > generation
+    assert generation_after("a.example") == first
+    assert generation_after("b.example") > first
+
+
+def test_name_servers_decide_whose_questions_are_nobodys_flow() -> None:
+    client = Client()
+    generation = client.state.generation
+    client.state.set_system_resolvers([REAL], client.now)
+    changed = client.state.generation
+    assert changed > generation
+    client.state.set_system_resolvers([REAL], client.now)
+    assert client.state.generation == changed
+
+
+def test_only_candidates_and_relays_leave_verdicts_alone() -> None:
+    client = Client(RESOURCE)
+    generation = client.state.generation
+    client.tell(c.GatewayIceCandidates("g", ()))
+    client.tell(c.InvalidateClientIceCandidates("d", ()))
+    client.tell(c.RelaysPresence((), ()))
+    assert client.state.generation == generation
+    client.tell(c.ResourceDeleted(RESOURCE.id))
+    assert client.state.generation > generation
+    generation = client.state.generation
+    client.state.set_internet_resource(True, client.now)
+    assert client.state.generation > generation
+    generation = client.state.generation
+    client.state.reset(client.now)
+    assert client.state.generation > generation
 
 
 # a whole gateway, over a network
