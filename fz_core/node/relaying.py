@@ -304,15 +304,19 @@ class RelayingNode(ABC):
 
     def _migrate(self, now: float) -> None:
         """Move connections whose relay is gone to another one, once one has answered."""
+        used = self._connections.relay_ids
+        gone = {relay_id for relay_id in used if relay_id in self._retries or self._relays.get(relay_id) is None}
+        if not gone or not self.has_relay:
+            return
         for connection in list(self._connections.by_peer.values()):
-            if connection.relay_id in self._retries or self._relays.get(connection.relay_id) is None:
+            if connection.relay_id in gone:
                 relay = self._relays.choose()
                 if relay is None:
                     return
                 self._use_relay(connection, relay, now)
 
     def _use_relay(self, connection: Connection, relay: Allocation, now: float) -> None:
-        connection.relay_id = relay.relay_id
+        self._connections.use_relay(connection, relay.relay_id)
         self._bind_remotes(connection, relay, now)
         for candidate in _candidates_of(relay, with_relayed=True):
             ranked = connection.agent.add_local_candidate(candidate, now)

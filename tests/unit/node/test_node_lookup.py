@@ -96,6 +96,32 @@ def test_a_removed_connection_leaves_nothing() -> None:
     assert known.answered(b"q" * 12, 1.0) is other
 
 
+def test_an_init_of_a_removed_connection_is_unknown() -> None:
+    known = Connections()
+    peer = connection("p")
+    known.add(peer)
+    known.remember_init(b"init", peer, 0.0)
+    assert known.by_init(b"init") is peer
+    known.remove("p")
+    assert known.by_init(b"init") is None
+
+
+def test_relays_are_in_use_as_long_as_any_connection_uses_them() -> None:
+    known = Connections()
+    first, second = connection("p", index=1), connection("q", index=2, remote="cccc")
+    known.add(first)
+    known.add(second)
+    known.use_relay(first, "another")
+    assert first.relay_id == "another"
+    assert sorted(known.relay_ids) == ["another", "relay"]
+    known.use_relay(second, "another")
+    assert known.relay_ids == ["another"]
+    known.remove("p")
+    assert known.relay_ids == ["another"]
+    known.remove("q")
+    assert known.relay_ids == []
+
+
 def test_indices_are_free_and_wrap_around() -> None:
     known = Connections()
     last = (1 << 24) - 1
