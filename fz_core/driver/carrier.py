@@ -61,7 +61,7 @@ class Carrier:
             threading.Thread(target=self._pump.run, args=halves, name="pump", daemon=True)
             for halves in ([()] if threads == 1 else [(0,), (1,)])
         ]
-        self._slots: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         self._peers: dict[int, Transport] = {}
         self._installed: tuple[dict[int, Verdict], dict[int, Verdict]] = {}, {}
         self._new: dict[tuple[bool, str, FlowKey], Verdict] = {}
@@ -116,13 +116,13 @@ class Carrier:
         if self._pump.has_failed:
             raise TunError(f"cannot read {self._tun_name}: was the device deleted? Restart the service")
         self._is_unfinished = True
-        for kind, slot, local, source, ecn, data in self._pump.take():
+        for kind, number, local, source, ecn, data in self._pump.take():
             if kind == FROM_DEVICE:
                 self._take_device_read(data, errors, now)
                 continue
             assert local is not None
             assert source is not None
-            error = self._take_datagram(kind, slot, Address(*local), Address(*source), ecn, data, now)
+            error = self._take_datagram(kind, number, Address(*local), Address(*source), ecn, data, now)
             if error is not None:
                 errors.append(error)
             self.heed()
@@ -147,21 +147,28 @@ class Carrier:
             self.heed()
 
     def _take_datagram(
-        self, kind: int, slot: int | None, local: Address, source: Address, ecn: int, data: bytes, now: float
+        self, kind: int, number: int | None, local: Address, source: Address, ecn: int, data: bytes, now: float
     ) -> Exception | None:
         state = self._state
         if kind == DATAGRAM:
             return state.handle_network_input(local, source, data, ecn, now)
         if kind == OPENED:
-            transport = self._peers.get(-1 if slot is None else slot)
-            if transport is None or transport.receive is None:
-                state.drops.add(DropReason.NOT_CONNECTED)
+            transport = None if number is None else self._peers.get(number)
+            ends = None if transport is None else self._ends_of(transport, local, source)
+            if transport is None or ends is None:
+                state.drops.add(DropReason.UNKNOWN_CONNECTION)  # what it was opened for is gone
                 return None
-            ends = state.node.ends_of(transport.receive) or (local, source)
             return state.handle_opened(transport.peer_id, *ends, ecn, data, now)
         reason = DropReason.WG_BAD_PACKET if kind == FORGED else DropReason.MALFORMED_PACKET
         state.drops.add(reason)
         return PacketError(reason, source, local)
+
+    def _ends_of(self, transport: Transport, local: Address, source: Address) -> tuple[Address, Address] | None:
+        """Between whom a packet travelled; through a relay that is not who brought it."""
+        receive = transport.receive
+        if receive is None or receive.channel == 0:
+            return local, source
+        return self._state.node.ends_of(receive)
 
     def heed(self) -> None:
         """After each call of the state: what became void, then what it decided about the packet."""
@@ -182,16 +189,16 @@ class Carrier:
             self._new[offered.is_inbound, offered.peer_id if offered.is_inbound else "", offered.before] = offered
 
     def _void_peer(self, peer_id: str) -> None:
-        slot = self._slots.get(peer_id)
-        if slot is not None:
-            self._pump.void_peer(slot)
+        number = self._numbers.get(peer_id)
+        if number is not None:
+            self._pump.void_peer(number)
         self._new = {key: verdict for key, verdict in self._new.items() if verdict.peer_id != peer_id}
 
     def _revoke(self, verdict: Verdict) -> None:
         self._new.pop((verdict.is_inbound, verdict.peer_id if verdict.is_inbound else "", verdict.before), None)
-        slot = self._slots.get(verdict.peer_id)
-        if slot is not None:
-            removed = self._pump.remove(verdict.is_inbound, slot, verdict.before)
+        number = self._numbers.get(verdict.peer_id)
+        if number is not None:
+            removed = self._pump.remove(verdict.is_inbound, number, verdict.before)
             if removed is not None:
                 self._forget(verdict.is_inbound, *removed)
 
@@ -214,11 +221,11 @@ class Carrier:
             self._pump.finish()
 
     def _install(self, verdict: Verdict) -> None:
-        slot = self._slots.get(verdict.peer_id)
-        if slot is None:
+        number = self._numbers.get(verdict.peer_id)
+        if number is None:
             return
         index, note = self._pump.install(
-            verdict.is_inbound, slot, verdict.before, verdict.after, verdict.ttl, verdict.until
+            verdict.is_inbound, number, verdict.before, verdict.after, verdict.ttl, verdict.until
         )
         self._forget(verdict.is_inbound, index, note)
         self._installed[verdict.is_inbound][index] = verdict
@@ -233,22 +240,22 @@ class Carrier:
 
     def _follow_peer(self, peer_id: str, now: float) -> None:
         transport = self._state.node.transport(peer_id, now)
-        slot = self._slots.get(peer_id)
-        if slot is not None and (transport is None or self._peers[slot].index != transport.index):
-            self._pump.remove_peer(slot)
-            del self._slots[peer_id], self._peers[slot]
-            slot = None
+        number = self._numbers.get(peer_id)
+        if number is not None and (transport is None or self._peers[number].tunnel is not transport.tunnel):
+            self._pump.remove_peer(number)
+            del self._numbers[peer_id], self._peers[number]
+            number = None
         if transport is None:
             return
-        if slot is None:
-            slot = self._pump.add_peer(transport.index)
-            if slot is None:
+        if number is None:
+            number = self._pump.add_peer(transport.index)
+            if number is None:
                 return
-            self._slots[peer_id] = slot
-        self._peers[slot] = transport
+            self._numbers[peer_id] = number
+        self._peers[number] = transport
         send, receive = transport.send, transport.receive
         self._pump.set_peer(
-            slot,
+            number,
             transport.tunnel,
             None if send is None else (send.remote.ip, send.remote.port, send.local and send.local.ip, send.channel),
             transport.send_until,
@@ -267,8 +274,8 @@ class Carrier:
         if self._peers_due_at is None:
             return
         peers = self._pump.take_peers()
-        for slot, sent_at, heard_at, unheard_since in peers:
-            transport = self._peers.get(slot)
+        for number, sent_at, heard_at, unheard_since in peers:
+            transport = self._peers.get(number)
             if transport is not None:
                 self._state.node.note_traffic(transport.peer_id, Carried(sent_at, heard_at, unheard_since), now)
         if now >= self._flows_due_at or not peers:
@@ -293,8 +300,8 @@ class Carrier:
 
     def take_refusals(self, errors: list[Exception], now: float) -> None:
         """Datagrams that the kernel did not take; those too large for their path raise a question."""
-        for slot, code, size in self._pump.take_refusals():
-            transport = self._peers.get(slot)
+        for number, code, size in self._pump.take_refusals():
+            transport = self._peers.get(number)
             if transport is None or transport.send is None:
                 continue
             remote = transport.send.remote

@@ -55,7 +55,8 @@ ctypedef struct FlowTable:
     uint32_t touched_count
     uint32_t used              # never used before from here on
     uint32_t vacant
-    uint32_t hand
+    uint32_t hand              # of the clock that finds room
+    uint32_t swept             # where the sweep for lapsed ones is
     uint32_t count
     uint32_t generation
     uint64_t seed

@@ -2,13 +2,14 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from fz_core.fastpath.codel cimport Codel
 from fz_core.fastpath.flows cimport Flow, FlowTable
 from fz_core.fastpath.peers cimport PeerTable
 from fz_core.fastpath.ring cimport Ring
 from fz_core.fastpath.system cimport iovec, mmsghdr, sockaddr_in6
 
 cdef enum:
-    MESSAGES = 16              # of one recvmmsg
+    MESSAGES = 32              # of one recvmmsg
     RUNS = 64
     RUN_PACKETS = 128
 
@@ -40,11 +41,16 @@ ctypedef struct Inbound:
     Run *runs
     int run_count
     uint32_t batch
+    bint is_bulky[2]           # whether the last messages of a socket were large
+    double wall                # the wall clock, as the kernel stamps messages by it
+    Codel codel
+    bint owes_signal           # a large packet is to be dropped or marked
     bint merges                # whether the device takes merged packets
     FlowTable flows
     PeerTable *peers
     Ring ring
     int refused_merged         # the error with which the device first refused a merged packet
+    uint64_t received, signalled
     uint64_t calls, datagrams, packets, bytes, writes, oversized, malformed, errors, write_errors
     int last_error
 

@@ -11,18 +11,20 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
+from fz_core.fastpath.codel cimport codel_signals
 from fz_core.fastpath.flows cimport (
     INSTALLED, NONE, Flow, FlowKey, flow_diverted, flows_enter, flows_find, flows_free, flows_init, flows_is_full,
     flows_touch,
 )
 from fz_core.fastpath.peers cimport SESSIONS, Endpoint, Peer, Receiver, peers_find, peers_touch
-from fz_core.fastpath.rewrite cimport flow_growth, is_plain, key_of, rewrite
+from fz_core.fastpath.rewrite cimport flow_growth, is_plain, key_of, mark_congestion, rewrite
 from fz_core.fastpath.ring cimport (
     DATAGRAM, FORGED, NO_PACKET, OPENED, Record, ring_bar, ring_free, ring_init, ring_push,
 )
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IP_PKTINFO, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IPV6_TCLASS,
-    MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, RELAY_PORT, SOL_UDP, UDP_GRO, cmsghdr, fz_get, htons, in6_pktinfo,
+    MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, RELAY_PORT, SO_TIMESTAMPNS, SOL_SOCKET, SOL_UDP,
+    UDP_GRO, cmsghdr, fz_get, fz_timespec, fz_wall, htons, in6_pktinfo,
     in_pktinfo, iovec, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, writev,
 )
 from fz_core.fastpath.virtio cimport (
@@ -45,6 +47,9 @@ cdef enum:
     CONTROL_SIZE = 128
     CHANNEL_HEADER = 4
     MAX_TOTAL = 65535
+    FEW_MESSAGES = 4
+    BULKY = 16384              # bytes of a message
+    LARGE_PAYLOAD = 512        # of a packet that may be dropped to tell its sender to slow down
     ACK = 0x10
     PSH = 0x08
 
@@ -54,6 +59,7 @@ cdef struct Arrival:
     Endpoint local
     int ecn
     int stride
+    double at                  # when the kernel had it, by the wall clock; 0 if unknown
 
 
 cdef int inbound_init(Inbound *inb, PeerTable *peers, uint64_t seed) noexcept nogil:
@@ -86,27 +92,32 @@ cdef void inbound_free(Inbound *inb) noexcept nogil:
 
 cdef int inbound_turn(Inbound *inb, int family, double now) noexcept nogil:
     cdef int count, i
-    prepare(inb)
-    count = recvmmsg(inb.sockets[family], inb.messages, MESSAGES, MSG_DONTWAIT, NULL)
+    # Large messages are many packets each: then a few of them are enough for a turn.
+    cdef int most = FEW_MESSAGES if inb.is_bulky[family] else MESSAGES
+    cdef uint64_t bytes_before = inb.received
+    prepare(inb, most)
+    count = recvmmsg(inb.sockets[family], inb.messages, <unsigned int>most, MSG_DONTWAIT, NULL)
     while count < 0 and errno == EINTR:
-        count = recvmmsg(inb.sockets[family], inb.messages, MESSAGES, MSG_DONTWAIT, NULL)
+        count = recvmmsg(inb.sockets[family], inb.messages, <unsigned int>most, MSG_DONTWAIT, NULL)
     inb.calls += 1
     if count < 0:
         if errno != EAGAIN:
             inb.errors += 1
         return 0
     inb.batch += 1
+    inb.wall = fz_wall()
     for i in range(count):
         take_message(inb, i, family, now)
     write_runs(inb)
+    inb.is_bulky[family] = inb.received - bytes_before > <uint64_t>count * BULKY
     return count
 
 
-cdef void prepare(Inbound *inb) noexcept nogil:
+cdef void prepare(Inbound *inb, int most) noexcept nogil:
     """Point every message at its own buffers; the kernel overwrote the lengths."""
     cdef int i
     cdef msghdr *header
-    for i in range(MESSAGES):
+    for i in range(most):
         inb.vectors[i].iov_base = inb.buffers + <Py_ssize_t>i * BUFFER_SIZE + HEADROOM
         inb.vectors[i].iov_len = BUFFER_SIZE - HEADROOM
         header = &inb.messages[i].msg_hdr
@@ -128,6 +139,7 @@ cdef void take_message(Inbound *inb, int i, int family, double now) noexcept nog
     cdef uint8_t *data = <uint8_t *>inb.vectors[i].iov_base
     cdef int size = <int>inb.messages[i].msg_len
     cdef Arrival arrival
+    cdef double delay
     cdef int at = 0
     if size == 0:
         return
@@ -142,6 +154,12 @@ cdef void take_message(Inbound *inb, int i, int family, double now) noexcept nog
     if arrival.local.ip_size == 0 or arrival.stride <= 0 or header.msg_flags & (MSG_TRUNC | MSG_CTRUNC):
         inb.malformed += 1
         return
+    inb.received += <uint64_t>size
+    if arrival.at > 0:
+        # A clock that was set meanwhile gives no delay, or one that no queue has.
+        delay = inb.wall - arrival.at
+        if codel_signals(&inb.codel, delay if 0 < delay < 1 else 0, now):
+            inb.owes_signal = True
     while at < size:
         inb.datagrams += 1
         take_datagram(inb, data + at, min(arrival.stride, size - at), &arrival, now)
@@ -179,6 +197,8 @@ cdef void read_control(msghdr *header, Arrival *arrival) noexcept nogil:
         elif item.cmsg_level == SOL_UDP and item.cmsg_type == UDP_GRO:
             memcpy(&number, CMSG_DATA(item), 4)
             arrival.stride = number
+        elif item.cmsg_level == SOL_SOCKET and item.cmsg_type == SO_TIMESTAMPNS:
+            arrival.at = fz_timespec(CMSG_DATA(item))
         item = CMSG_NXTHDR(header, item)
 
 
@@ -218,9 +238,7 @@ cdef void take_datagram(Inbound *inb, uint8_t *data, int size, Arrival *arrival,
             divert(inb, DATAGRAM, NONE, data, size, arrival)  # a replay, untouched
         return
     traffic_received(peer.traffic, opened > 0, now)
-    peer.heard_at = now
     peer.unheard_since = INFINITY
-    peers_touch(inb.peers, slot, 1)
     take_packet(inb, slot, datagram + DATA_HEADER_LENGTH, <int>opened, arrival, now)
 
 
@@ -262,7 +280,7 @@ cdef void divert(
     memset(&record, 0, sizeof(Record))
     record.kind = kind
     record.size = <uint32_t>size
-    record.peer = peer
+    record.peer = peer if peer == NONE else peer | <uint32_t>inb.peers.peers[peer].serial << 16
     record.source = arrival.source
     record.local = arrival.local
     record.ecn = <uint8_t>arrival.ecn
@@ -300,10 +318,17 @@ cdef void take_packet(
         if flow_diverted(flow, inb.ring.produced, fz_get(&inb.ring.done)):
             ring_bar(&inb.ring, inb.ring.produced, now)
         return
+    if inb.owes_signal and layout.protocol == PROTO_TCP and length - layout.payload >= LARGE_PAYLOAD:
+        inb.owes_signal = False
+        inb.signalled += 1
+        if not mark_congestion(ip, layout.version):
+            return
     flow.packets += 1
     flow.bytes += <uint64_t>(length - layout.payload)
     flow.last_at = now
     flows_touch(&inb.flows, index)
+    inb.peers.peers[slot].heard_at = now
+    peers_touch(inb.peers, slot, 1)
     inb.packets += 1
     inb.bytes += <uint64_t>length
     if arrival.ecn == 3:
@@ -327,18 +352,6 @@ cdef bint may_pass(
     if layout.protocol == PROTO_UDP and load(ip + layout.l4 + 6) == 0:
         return False  # a checksum that was left out must be computed
     return length + flow_growth(flow) <= MAX_PACKET
-
-
-cdef void mark_congestion(uint8_t *ip, int version) noexcept nogil:
-    """The outer header was marked on the way: the inner one takes that over if its ends speak ECN (RFC 6040)."""
-    cdef uint16_t old = load(ip)
-    if version == 4:
-        if ip[1] & 3:
-            ip[1] |= 3
-            if load(ip) != old:
-                store(ip + 10, adjust(load(ip + 10), old, load(ip)))
-    elif ip[1] & 0x30:
-        ip[1] |= 0x30
 
 
 # merging

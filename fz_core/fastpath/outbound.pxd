@@ -2,12 +2,14 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from fz_core.fastpath.codel cimport Codel
 from fz_core.fastpath.flows cimport FlowTable
 from fz_core.fastpath.peers cimport PeerTable
 from fz_core.fastpath.ring cimport Ring
 
 cdef enum:
     OPEN_BATCHES = 8
+    BACKLOG = 32               # super packets; behind them the device's own queue fills
     MAX_REFUSALS = 64
 
 # Datagrams of one size to one peer, back to back; the last may be shorter.
@@ -20,9 +22,16 @@ ctypedef struct Batch:
     int limit
     bint is_closed
 
+# What was read from the device and is not sent yet.
+ctypedef struct Slot:
+    uint8_t *memory            # room for a super packet, and before it for a larger header
+    int size                   # header included
+    uint32_t flow              # or NONE
+    double read_at
+
 # A datagram the kernel did not take.
 ctypedef struct Refusal:
-    uint32_t peer
+    uint32_t peer              # its number
     int error
     int size
 
@@ -30,7 +39,9 @@ ctypedef struct Outbound:
     int tun
     int sockets[2]             # IPv4, IPv6; -1 where there is none
     bint has_gso
-    uint8_t *reading           # room for a super packet, and before it for a larger header
+    Slot backlog[BACKLOG]      # in the order they were read; the memory is made as it is needed
+    int waiting
+    Codel codel
     Batch batches[OPEN_BATCHES]
     int open_count
     int first                  # batches before it are sent
@@ -42,13 +53,16 @@ ctypedef struct Outbound:
     bint device_failed
     Refusal refusals[MAX_REFUSALS]
     int refusal_count
-    uint64_t reads, packets, bytes, calls, datagrams, dropped
+    uint64_t reads, packets, bytes, calls, datagrams, dropped, signalled
 
 cdef int outbound_init(Outbound *out, PeerTable *peers, uint64_t seed) noexcept nogil
 cdef void outbound_free(Outbound *out) noexcept nogil
 
-# Reads up to `budget` times and sends what became of it; how many reads there were.
-cdef int outbound_turn(Outbound *out, int budget, double now) noexcept nogil
+# Reads for a turn's worth, and sends what became of it; how many reads there were.
+cdef int outbound_turn(Outbound *out, double now) noexcept nogil
 
 # Sends what waits; False while the socket is full.
 cdef bint outbound_flush(Outbound *out, double now) noexcept nogil
+
+# What waits for this peer is lost.
+cdef void outbound_forget(Outbound *out, uint32_t slot) noexcept nogil

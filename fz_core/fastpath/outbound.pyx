@@ -10,19 +10,20 @@ from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, ENOBUFS, errno
 from libc.math cimport INFINITY
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 from posix.unistd cimport read
 
+from fz_core.fastpath.codel cimport codel_signals
 from fz_core.fastpath.flows cimport (
     INSTALLED, NONE, Flow, FlowKey, flow_diverted, flows_enter, flows_free, flows_init, flows_touch,
 )
 from fz_core.fastpath.peers cimport CONTROL_SIZE, Peer, peers_touch
-from fz_core.fastpath.rewrite cimport HEADER_GROWTH, flow_growth, is_plain, key_of, rewrite
+from fz_core.fastpath.rewrite cimport HEADER_GROWTH, flow_growth, is_plain, key_of, mark_congestion, rewrite
 from fz_core.fastpath.ring cimport FROM_DEVICE, Record, ring_bar, ring_free, ring_init, ring_push
 from fz_core.fastpath.split cimport SPLIT_OK, SplitPlan, plan_split
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_LEN, CMSG_SPACE, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_TCLASS, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_get, iovec, msghdr, sendmsg,
+    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_get, fz_now, iovec, msghdr, sendmsg,
 )
 from fz_core.fastpath.virtio cimport (
     VNET_GSO_NONE, VNET_HEADER, VNET_NEEDS_CSUM, VnetHeader, read_vnet,
@@ -44,6 +45,10 @@ cdef enum:
     HEADERS_V6 = 48
     CHANNEL_HEADER = 4
     PSH_FIN = 0x09
+    BYTES_PER_TURN = 128 << 10 # then the other half has its turn
+    READS_PER_LOOK = 4         # looks at the clock
+    LARGE = 4096               # bytes of a read that others may pass
+    SMALL = 2048               # of one that may pass
 
 cdef double PATIENCE = 0.1     # so long a socket may take nothing before what waits for it is dropped
 
@@ -53,8 +58,7 @@ cdef int outbound_init(Outbound *out, PeerTable *peers, uint64_t seed) noexcept 
     memset(out, 0, sizeof(Outbound))
     out.tun = out.sockets[0] = out.sockets[1] = -1
     out.peers = peers
-    out.reading = <uint8_t *>malloc(HEADROOM + READ_SIZE)
-    if out.reading == NULL or flows_init(&out.flows, seed) < 0 or ring_init(&out.ring) < 0:
+    if flows_init(&out.flows, seed) < 0 or ring_init(&out.ring) < 0:
         return -1
     for i in range(OPEN_BATCHES):
         out.batches[i].memory = <uint8_t *>malloc(BATCH_SIZE)
@@ -67,81 +71,157 @@ cdef void outbound_free(Outbound *out) noexcept nogil:
     cdef int i
     for i in range(OPEN_BATCHES):
         free(out.batches[i].memory)
-    free(out.reading)
+    for i in range(BACKLOG):
+        free(out.backlog[i].memory)
     flows_free(&out.flows)
     ring_free(&out.ring)
 
 
-cdef int outbound_turn(Outbound *out, int budget, double now) noexcept nogil:
-    cdef uint8_t *data = out.reading + HEADROOM
-    cdef Py_ssize_t size
-    cdef uint32_t index
-    cdef int done = 0
+cdef int outbound_turn(Outbound *out, double now) noexcept nogil:
+    cdef int done = 0, taken
+    cdef Py_ssize_t total = 0
     if out.is_stalled and not outbound_flush(out, now):
         return 0
-    while done < budget and not out.is_stalled:
-        size = read(out.tun, data, READ_SIZE)
-        if size > VNET_HEADER:
-            done += 1
-            out.reads += 1
-            index = NONE
-            if not carry(out, data, size, &index, now):
-                divert(out, data, size, index, now)
-            continue
-        if size < 0 and errno == EINTR:
-            continue
-        if size >= 0 or errno != EAGAIN:
-            out.device_failed = True
-        break
+    while total < BYTES_PER_TURN and not out.is_stalled:
+        read_backlog(out, now)
+        if out.waiting == 0:
+            break
+        taken = choose(out)
+        total += out.backlog[taken].size
+        done += 1
+        handle(out, &out.backlog[taken], now)
+        remove(out, taken)
+        if done % READS_PER_LOOK == 0:
+            now = fz_now()
     if out.open_count:
         outbound_flush(out, now)
     return done
 
 
-cdef void divert(Outbound *out, const uint8_t *data, Py_ssize_t size, uint32_t index, double now) noexcept nogil:
+# the backlog: read early, so that a packet of a calm flow need not wait for everything a busy one has queued
+
+
+cdef void read_backlog(Outbound *out, double now) noexcept nogil:
+    """Read as long as there is room and something to read."""
+    cdef Slot *slot
+    cdef Py_ssize_t size
+    while out.waiting < BACKLOG:
+        slot = &out.backlog[out.waiting]
+        if slot.memory == NULL:
+            slot.memory = <uint8_t *>malloc(HEADROOM + READ_SIZE)
+            if slot.memory == NULL:
+                return
+        size = read(out.tun, slot.memory + HEADROOM, READ_SIZE)
+        if size > VNET_HEADER:
+            out.reads += 1
+            slot.size = <int>size
+            slot.flow = flow_of(out, slot.memory + HEADROOM, size)
+            slot.read_at = now
+            out.waiting += 1
+            continue
+        if size < 0 and errno == EINTR:
+            continue
+        if size >= 0 or errno != EAGAIN:
+            out.device_failed = True
+        return
+
+
+cdef int choose(const Outbound *out) noexcept nogil:
+    """The first, or before a large one a small one that is the first of its flow."""
+    cdef int i
+    if out.backlog[0].size <= LARGE:
+        return 0
+    for i in range(1, out.waiting):
+        if out.backlog[i].size <= SMALL and out.backlog[i].flow != NONE and is_first(out, i):
+            return i
+    return 0
+
+
+cdef inline bint is_first(const Outbound *out, int which) noexcept nogil:
+    cdef int i
+    for i in range(which):
+        if out.backlog[i].flow == out.backlog[which].flow or out.backlog[i].flow == NONE:
+            return False
+    return True
+
+
+cdef void remove(Outbound *out, int which) noexcept nogil:
+    """Close the gap; the memory goes to the end."""
+    cdef Slot gone = out.backlog[which]
+    out.waiting -= 1
+    memmove(&out.backlog[which], &out.backlog[which + 1], <size_t>(out.waiting - which) * sizeof(Slot))
+    out.backlog[out.waiting] = gone
+
+
+cdef void handle(Outbound *out, Slot *slot, double now) noexcept nogil:
+    cdef bint is_late = codel_signals(&out.codel, now - slot.read_at, now)
+    if not carry(out, slot, is_late, now):
+        divert(out, slot, now)
+
+
+cdef void divert(Outbound *out, const Slot *slot, double now) noexcept nogil:
     """To the slow path. What follows in its flow must not overtake it."""
     cdef Record record
     memset(&record, 0, sizeof(Record))
     record.kind = FROM_DEVICE
-    record.size = <uint32_t>size
-    ring_push(&out.ring, &record, data)
-    if index != NONE and flow_diverted(&out.flows.flows[index], out.ring.produced, fz_get(&out.ring.done)):
+    record.peer = NONE
+    record.size = <uint32_t>slot.size
+    ring_push(&out.ring, &record, slot.memory + HEADROOM)
+    if slot.flow != NONE and flow_diverted(&out.flows.flows[slot.flow], out.ring.produced, fz_get(&out.ring.done)):
         ring_bar(&out.ring, out.ring.produced, now)
 
 
 # one read
 
 
-cdef bint carry(Outbound *out, uint8_t *data, Py_ssize_t size, uint32_t *index, double now) noexcept nogil:
-    """Send what was read, if its flow is established; False leaves it untouched, `index` tells its flow if it has one."""
+cdef uint32_t flow_of(Outbound *out, uint8_t *data, Py_ssize_t size) noexcept nogil:
+    """The flow it belongs to, made if it is a new one, or NONE."""
     cdef VnetHeader vnet = read_vnet(data)
-    cdef uint8_t *ip = data + VNET_HEADER
+    cdef SplitPlan plan
+    cdef Layout layout
+    cdef FlowKey key
+    if not plan_read(data + VNET_HEADER, size - VNET_HEADER, &vnet, &plan, &layout):
+        return NONE
+    key_of(data + VNET_HEADER, &layout, &key)
+    return flows_enter(&out.flows, &key)
+
+
+cdef bint carry(Outbound *out, Slot *slot, bint is_late, double now) noexcept nogil:
+    """Send what was read, if its flow is established; False leaves it untouched."""
+    cdef uint8_t *ip = slot.memory + HEADROOM + VNET_HEADER
+    cdef VnetHeader vnet = read_vnet(slot.memory + HEADROOM)
     cdef SplitPlan plan
     cdef Layout layout
     cdef FlowKey key
     cdef Flow *flow
     cdef Peer *peer
-    size -= VNET_HEADER
-    if not plan_read(ip, size, &vnet, &plan, &layout):
+    cdef bint is_super = vnet.gso_type != VNET_GSO_NONE
+    if slot.flow == NONE or not plan_read(ip, slot.size - VNET_HEADER, &vnet, &plan, &layout):
         return False
     key_of(ip, &layout, &key)
-    index[0] = flows_enter(&out.flows, &key)
-    if not is_plain(&layout) or (vnet.gso_type == VNET_GSO_NONE and not is_usual_checksum(&vnet, &layout)):
+    if memcmp(&key, &out.flows.flows[slot.flow].key, sizeof(FlowKey)) != 0:
+        slot.flow = NONE  # its entry went to another flow while it waited
         return False
-    flow = &out.flows.flows[index[0]]
+    if not is_plain(&layout) or (not is_super and not is_usual_checksum(&vnet, &layout)):
+        return False
+    flow = &out.flows.flows[slot.flow]
     peer = carrier_of(out, flow, &plan, now)
     if peer == NULL:
         return False
-    if vnet.gso_type == VNET_GSO_NONE and vnet.flags & VNET_NEEDS_CSUM:
+    if not is_super and vnet.flags & VNET_NEEDS_CSUM:
         complete(ip, &plan)
-    seal_all(out, flow, peer, &plan, vnet.gso_type != VNET_GSO_NONE, now)
     flow.packets += <uint64_t>plan.count
     flow.bytes += <uint64_t>plan.payload
     flow.last_at = now
-    flows_touch(&out.flows, index[0])
+    flows_touch(&out.flows, slot.flow)
+    if is_late and is_super and plan.protocol == PROTO_TCP:
+        out.signalled += 1
+        seal_all(out, flow, peer, &plan, True, plan.count // 2, now)
+    else:
+        seal_all(out, flow, peer, &plan, is_super, -1, now)
     note_sent(out, flow.peer, peer, now)
     out.packets += <uint64_t>plan.count
-    out.bytes += <uint64_t>size
+    out.bytes += <uint64_t>(slot.size - VNET_HEADER)
     return True
 
 
@@ -220,9 +300,12 @@ cdef inline void note_sent(Outbound *out, uint32_t slot, Peer *peer, double now)
 
 
 cdef void seal_all(
-    Outbound *out, Flow *flow, Peer *peer, const SplitPlan *plan, bint is_super, double now
+    Outbound *out, Flow *flow, Peer *peer, const SplitPlan *plan, bint is_super, int signal, double now
 ) noexcept nogil:
-    """Every segment, in order. A single packet's checksums are patched, those of a super packet's segments computed."""
+    """Every segment, in order. A single packet's checksums are patched, those of a super packet's segments computed.
+
+    The segment of number `signal` tells the sender to slow down: it is marked if both ends speak ECN, or left out.
+    """
     cdef uint8_t header[HEADER_GROWTH + 120]
     cdef uint8_t *start = header + HEADER_GROWTH
     cdef uint8_t *payload = <uint8_t *>plan.ip + plan.header
@@ -241,12 +324,18 @@ cdef void seal_all(
         flow.identification += <uint16_t>(plan.count - 1)
     for i in range(plan.count):
         part = min(plan.segment, plan.payload - i * plan.segment)
+        if i == signal and ecn == 0:
+            flow.packets -= 1
+            flow.bytes -= <uint64_t>part
+            continue
         packet = payload + i * plan.segment - size
         memcpy(packet, start, <size_t>size)
+        if i == signal:
+            mark_congestion(packet, version)
         if is_super:
             write_lengths(packet, version, l4, size + part, i)
             write_transport(packet, version, plan.protocol, l4, size + part, i * plan.segment, i + 1 == plan.count)
-        seal_one(out, flow.peer, peer, packet, size + part, ecn, now)
+        seal_one(out, flow.peer, peer, packet, size + part, 3 if i == signal else ecn, now)
 
 
 cdef inline int ecn_of(const uint8_t *ip, int version) noexcept nogil:
@@ -360,6 +449,14 @@ cdef bint outbound_flush(Outbound *out, double now) noexcept nogil:
     return True
 
 
+cdef void outbound_forget(Outbound *out, uint32_t slot) noexcept nogil:
+    cdef int i
+    for i in range(out.first, out.open_count):
+        if out.batches[i].peer == slot:
+            out.batches[i].length = 0
+            out.batches[i].is_closed = True
+
+
 cdef bint send_batch(Outbound *out, Batch *batch, Peer *peer) noexcept nogil:
     """False where the socket is full; what was sent until then is taken out of the batch."""
     cdef int fd = out.sockets[0 if peer.is_ipv4 else 1]
@@ -390,7 +487,7 @@ cdef bint send_batch(Outbound *out, Batch *batch, Peer *peer) noexcept nogil:
 cdef void refuse(Outbound *out, const Batch *batch, int error, int size) noexcept nogil:
     out.dropped += <uint64_t>((size + batch.segment - 1) // batch.segment)
     if out.refusal_count < MAX_REFUSALS:
-        out.refusals[out.refusal_count].peer = batch.peer
+        out.refusals[out.refusal_count].peer = batch.peer | <uint32_t>out.peers.peers[batch.peer].serial << 16
         out.refusals[out.refusal_count].error = error
         out.refusals[out.refusal_count].size = size
         out.refusal_count += 1

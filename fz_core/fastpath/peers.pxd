@@ -9,7 +9,7 @@ from fz_core.wireguard.session cimport SessionState
 from fz_core.wireguard.timers cimport Traffic
 
 cdef enum:
-    MAX_PEERS = 65535          # slots are 16 bits of a flow's key
+    MAX_PEERS = 65535          # slots are 16 bits of a flow's key, and the lower half of a peer's number
     SESSIONS = 8               # wireguard.Tunnel's RING
     CONTROL_SIZE = 128
 
@@ -25,6 +25,7 @@ ctypedef struct Receiver:
 
 ctypedef struct Peer:
     bint is_used
+    uint16_t serial            # tells the slot's owners apart
     uint32_t index             # upper 24 bits of what its datagrams are addressed to
     uint32_t next              # in the chain of its bucket, or of the vacant slots
     uint32_t generation        # of its verdicts
@@ -53,7 +54,7 @@ ctypedef struct Peer:
     # since the last note
     bint is_touched[2]         # by the sending and by the receiving half
     double sent_at
-    double heard_at
+    double heard_at            # of what was carried; the driver hears of the rest by itself
     double unheard_since       # the first data sent after the last datagram heard, INFINITY for none
 
 ctypedef struct PeerTable:

@@ -50,6 +50,7 @@ cdef uint32_t peers_find(PeerTable *table, uint32_t index) noexcept nogil:
 cdef uint32_t peers_add(PeerTable *table, uint32_t index) noexcept nogil:
     cdef uint32_t slot = table.vacant
     cdef uint32_t generation
+    cdef uint16_t serial
     cdef bint touched[2]
     cdef Peer *peer
     if slot != NONE:
@@ -63,10 +64,12 @@ cdef uint32_t peers_add(PeerTable *table, uint32_t index) noexcept nogil:
     else:
         return NONE
     peer = table.peers[slot]
+    serial = <uint16_t>((peer.serial + 1) & 0x7FFF)
     generation = peer.generation + 1  # nothing decided about the slot's last owner holds
     touched[0], touched[1] = peer.is_touched[0], peer.is_touched[1]
     memset(peer, 0, sizeof(Peer))
     peer.is_used = True
+    peer.serial = serial
     peer.is_touched[0], peer.is_touched[1] = touched[0], touched[1]  # it is still in those lists
     peer.generation = generation
     peer.index = index

@@ -16,28 +16,28 @@ pump makes room. Not here: the driver's side (`driver/carrier`).
 cimport cython
 from libc.math cimport INFINITY
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memset
 from posix.unistd cimport close
 
-from fz_core.crypto.cipher cimport aead_init, aead_wipe
 from fz_core.fastpath.flows cimport (
-    INSTALLED, NONE, PENDING, Flow, FlowKey, FlowTable, flows_enter, flows_find, flows_remove,
+    INSTALLED, NONE, PENDING, Flow, FlowKey, FlowTable, flows_enter, flows_find,
 )
 from fz_core.fastpath.inbound cimport Inbound, inbound_free, inbound_init, inbound_turn
-from fz_core.fastpath.outbound cimport Outbound, outbound_free, outbound_init, outbound_turn
+from fz_core.fastpath.notes cimport Note, note_of, notes_copy, notes_sweep
+from fz_core.fastpath.outbound cimport Outbound, outbound_forget, outbound_free, outbound_init, outbound_turn
 from fz_core.fastpath.peers cimport (
-    SESSIONS, Peer, PeerTable, Receiver, peers_add, peers_free, peers_init, peers_remove,
+    SESSIONS, Peer, PeerTable, peers_add, peers_free, peers_init, peers_remove,
 )
 from fz_core.fastpath.rewrite cimport prepare_rewrite
 from fz_core.fastpath.ring cimport Ring, ring_bar, ring_is_barred, ring_read
 from fz_core.fastpath.system cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT,
     epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fz_add, fz_get, fz_now, fz_pause, fz_set, fz_signal,
-    fz_unsignal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock,
+    SO_TIMESTAMPNS, SOL_SOCKET, fz_unsignal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, setsockopt,
 )
-from fz_core.fastpath.ways cimport fill_key, set_way_in, set_way_out
+from fz_core.fastpath.ways cimport fill_key, number_of, set_receiver, set_sender, set_way_in, set_way_out
 from fz_core.wireguard.session cimport Session
 from fz_core.wireguard.tunnel cimport Tunnel
 
@@ -46,7 +46,6 @@ import os
 cdef enum:
     OUT = 0
     IN = 1
-    READ_BUDGET = 4            # super packets of one turn, 256 KiB at most
     EVENTS = 4
     STALL_POLL_MS = 20         # how often a stalled send looks whether its patience has ended
 
@@ -78,7 +77,6 @@ cdef class Pump:
     cdef bint _shows_stall             # whether the poll waits for room instead of packets
     cdef double _clock                 # what a test says the time is; 0: the kernel's
     cdef list _held                    # by slot: the tunnel and its sessions, whose memory the pump reads
-    cdef uint32_t _swept[2]
     cdef readonly int threads
 
     def __cinit__(self):
@@ -157,6 +155,7 @@ cdef class Pump:
     def set_sockets(self, v4, v6):
         """Use these `(descriptor, port)`, None for a family without; the old ones may be closed afterwards."""
         cdef int family
+        cdef int one = 1
         lock_both(self)
         for family, socket in enumerate((v4, v6)):
             if self._in.sockets[family] >= 0:
@@ -165,6 +164,7 @@ cdef class Pump:
             if socket is not None:
                 self._in.sockets[family] = self._out.sockets[family] = socket[0]
                 self._in.ports[family] = htons(<uint16_t>socket[1])
+                setsockopt(socket[0], SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof(one))  # without, no queue is seen
                 watch(self._polls[IN], EPOLL_CTL_ADD, socket[0], EPOLLIN)
         self._out.first = self._out.open_count = 0
         self._out.is_stalled = False
@@ -176,8 +176,8 @@ cdef class Pump:
     def take(self):
         """Everything that waits for the driver, oldest first for each half.
 
-        Tuples `(kind, slot, local, source, ecn, data)`: kind 0 is a read from the device, header included, 1 a
-        datagram, 2 a packet opened for the peer in `slot`, 3 a forgery, 4 authentic bytes that are no packet.
+        Tuples `(kind, peer, local, source, ecn, data)`: kind 0 is a read from the device, header included, 1 a
+        datagram, 2 a packet opened for the peer of this number, 3 a forgery, 4 authentic bytes that are no packet.
         `local` and `source` are `(ip, port)`, None for the device's. After handling them all, and after writing
         what came of it: `finish`.
         """
@@ -196,7 +196,7 @@ cdef class Pump:
         fz_set(&self._tells_activity, 1)
 
     def take_peers(self):
-        """`(slot, sent_at, heard_at, unheard_since)` of peers with traffic since the last call; None for never."""
+        """`(peer, sent_at, heard_at, unheard_since)` of peers with traffic since the last call; None for never."""
         cdef dict found = {}
         cdef int half
         cdef uint32_t i, slot
@@ -209,7 +209,7 @@ cdef class Pump:
                 peer.is_touched[half] = False
                 if peer.is_used:
                     found[slot] = (
-                        slot,
+                        number_of(peer, slot),
                         None if peer.sent_at == -INFINITY else peer.sent_at,
                         None if peer.heard_at == -INFINITY else peer.heard_at,
                         None if peer.unheard_since == INFINITY else peer.unheard_since,
@@ -226,7 +226,7 @@ cdef class Pump:
         return notes
 
     def take_refusals(self):
-        """`(slot, errno, bytes)` of datagrams the kernel did not take."""
+        """`(peer, errno, bytes)` of datagrams the kernel did not take."""
         cdef list refused = []
         cdef int i
         lock(self, OUT)
@@ -255,10 +255,10 @@ cdef class Pump:
         """What was carried, by the two halves, and what was lost."""
         return {
             "out_reads": self._out.reads, "out_packets": self._out.packets, "out_bytes": self._out.bytes,
-            "out_calls": self._out.calls, "out_datagrams": self._out.datagrams, "out_dropped": self._out.dropped,
+            "out_calls": self._out.calls, "out_datagrams": self._out.datagrams, "out_dropped": self._out.dropped, "out_signalled": self._out.signalled,
             "in_calls": self._in.calls, "in_datagrams": self._in.datagrams, "in_packets": self._in.packets,
             "in_bytes": self._in.bytes, "in_writes": self._in.writes, "in_oversized": self._in.oversized,
-            "in_malformed": self._in.malformed, "in_errors": self._in.errors,
+            "in_malformed": self._in.malformed, "in_errors": self._in.errors, "in_signalled": self._in.signalled,
             "in_write_errors": self._in.write_errors,
             "slow_out": self._out.ring.produced, "slow_in": self._in.ring.produced, "slow_lost": self.lost,
             "flows_out": self._out.flows.count, "flows_in": self._in.flows.count,
@@ -268,7 +268,7 @@ cdef class Pump:
     # peers
 
     def add_peer(self, uint32_t index):
-        """A slot for the peer whose receiver indices begin with these 24 bits; None where there is no room."""
+        """A number for the peer whose receiver indices begin with these 24 bits; None where there is no room."""
         cdef uint32_t slot
         lock_both(self)
         slot = peers_add(&self._peers, index)
@@ -277,45 +277,58 @@ cdef class Pump:
             return None
         while len(self._held) <= slot:
             self._held.append(None)
-        return slot
+        return number_of(self._peers.peers[slot], slot)
 
-    def set_peer(self, uint32_t slot, Tunnel tunnel not None, send, double send_until, receive, int limit):
+    def set_peer(self, uint32_t number, Tunnel tunnel not None, send, double send_until, receive, int limit):
         """How a peer's data travels now: its sessions, `(remote ip, port, local ip or None, channel)` both ways.
 
         `send` or `receive` is None where the slow path must do it. Packets of more than `limit` bytes are slow too.
         """
+        cdef uint32_t slot = self._slot_of(number)
         cdef Peer *peer = self._peers.peers[slot]
         cdef Session session
         cdef int i
         cdef list sessions = [tunnel.current]
         lock_both(self)
-        set_sender(peer, tunnel.current)
-        for i in range(SESSIONS):
-            session = tunnel._sessions[i]
-            set_receiver(&peer.receivers[i], session)
-            sessions.append(session)
-        peer.traffic = &tunnel.timers.traffic
-        peer.limit = limit
-        peer.send_until = send_until
-        set_way_out(peer, send)
-        set_way_in(peer, receive)
-        if self._in.ring.produced > fz_get(&self._in.ring.done):
-            # What the pump opens from now on must not overtake datagrams that it handed over before.
-            ring_bar(&self._in.ring, self._in.ring.produced, clock_of(self))
-        unlock_both(self)
-        self._held[slot] = (tunnel, sessions)
+        try:
+            set_sender(peer, tunnel.current)
+            for i in range(SESSIONS):
+                session = tunnel._sessions[i]
+                set_receiver(&peer.receivers[i], session)
+                sessions.append(session)
+            peer.traffic = &tunnel.timers.traffic
+            peer.limit = limit
+            peer.send_until = send_until
+            set_way_out(peer, send)
+            set_way_in(peer, receive)
+            if self._in.ring.produced > fz_get(&self._in.ring.done):
+                # What the pump opens from now on must not overtake datagrams that it handed over before.
+                ring_bar(&self._in.ring, self._in.ring.produced, clock_of(self))
+        finally:
+            unlock_both(self)
+        self._held[slot] = tunnel, sessions
 
-    def remove_peer(self, uint32_t slot):
+    def remove_peer(self, uint32_t number):
         """The connection is gone, with all its flows."""
+        cdef uint32_t slot = self._slot_of(number)
         lock_both(self)
         peers_remove(&self._peers, slot)
+        outbound_forget(&self._out, slot)
         unlock_both(self)
         self._held[slot] = None
 
+    cdef uint32_t _slot_of(self, uint32_t number) except? 0xFFFFFFFF:
+        cdef uint32_t slot = number & 0xFFFF
+        if slot >= self._peers.used or not self._peers.peers[slot].is_used:
+            raise KeyError(number)
+        if self._peers.peers[slot].serial != number >> 16:
+            raise KeyError(number)
+        return slot
+
     # flows
 
-    def install(self, bint is_inbound, uint32_t slot, before, after, double ttl, double until):
-        """Carry a flow of the peer in `slot`: packets like `before` become packets like `after`.
+    def install(self, bint is_inbound, uint32_t number, before, after, double ttl, double until):
+        """Carry a flow of the peer with this number: packets like `before` become packets like `after`.
 
         Both are `(version, protocol, src, dst, src_port, dst_port)`. The flow is decided anew after `ttl` seconds
         without a packet, and at `until`. Returns the flow's index for `take_flows`, and what is still to be noted
@@ -327,12 +340,13 @@ cdef class Pump:
         cdef FlowKey key
         cdef Flow *flow
         cdef uint32_t index
+        cdef uint32_t slot = self._slot_of(number)
         cdef object note
         fill_key(&key, before, slot if is_inbound else 0)
         lock(self, half)
         index = flows_enter(table, &key)
         flow = &table.flows[index]
-        note = take_note(flow)
+        note = note_of(flow)
         fill_key(&flow.after, after, 0)
         prepare_rewrite(flow)
         flow.state = INSTALLED
@@ -349,7 +363,7 @@ cdef class Pump:
         unlock(self, half)
         return index, note
 
-    def remove(self, bint is_inbound, uint32_t slot, before):
+    def remove(self, bint is_inbound, uint32_t number, before):
         """A verdict is void. None if there is none, else what `install` returns."""
         cdef object note = None
         cdef bint found
@@ -357,12 +371,13 @@ cdef class Pump:
         cdef FlowTable *table = &self._in.flows if is_inbound else &self._out.flows
         cdef FlowKey key
         cdef uint32_t index
+        cdef uint32_t slot = self._slot_of(number)
         fill_key(&key, before, slot if is_inbound else 0)
         lock(self, half)
         index = flows_find(table, &key)
         found = index != NONE and table.flows[index].state == INSTALLED
         if found:
-            note = take_note(&table.flows[index])
+            note = note_of(&table.flows[index])
             table.flows[index].state = PENDING
         unlock(self, half)
         return (index, note) if found else None
@@ -370,8 +385,13 @@ cdef class Pump:
     def sweep(self, uint32_t most):
         """Forget what has lapsed, looking at `most` flows of each half; `(is_inbound, index, note)` of each."""
         cdef list gone = []
-        sweep_half(self, OUT, &self._out.flows, &self._out.ring, most, gone)
-        sweep_half(self, IN, &self._in.flows, &self._in.ring, most, gone)
+        cdef double now = clock_of(self)
+        lock(self, OUT)
+        notes_sweep(&self._out.flows, &self._peers, fz_get(&self._out.ring.done), most, now, False, gone)
+        unlock(self, OUT)
+        lock(self, IN)
+        notes_sweep(&self._in.flows, &self._peers, fz_get(&self._in.ring.done), most, now, True, gone)
+        unlock(self, IN)
         return gone
 
     def void_all(self):
@@ -381,8 +401,9 @@ cdef class Pump:
         self._out.flows.generation += 1
         unlock_both(self)
 
-    def void_peer(self, uint32_t slot):
+    def void_peer(self, uint32_t number):
         """Every verdict about this peer is void."""
+        cdef uint32_t slot = self._slot_of(number)
         lock_both(self)
         self._peers.peers[slot].generation += 1
         unlock_both(self)
@@ -427,7 +448,7 @@ cdef int turn_out(Pump self, double now) noexcept nogil:
     give_way(self, OUT)
     pthread_mutex_lock(&self._locks[OUT])
     if not ring_is_barred(&self._out.ring, now):
-        done = outbound_turn(&self._out, READ_BUDGET, now)
+        done = outbound_turn(&self._out, now)
     if self._out.is_stalled != self._shows_stall:
         show_stall(self)
     publish(self, OUT, &self._out.ring)
@@ -523,90 +544,14 @@ cdef int drain(Pump self, int half, list records) except -1:
     return ring_read(ring, filled, records)
 
 
-cdef object take_note(Flow *flow):
-    """What is still to be noted about its verdict, or None."""
-    cdef object note = None
-    if flow.state == INSTALLED and flow.packets:
-        note = flow.packets, flow.bytes, flow.last_at
-    flow.packets = flow.bytes = 0
-    return note
-
-
-cdef struct Note:
-    uint32_t index
-    uint64_t packets
-    uint64_t bytes
-    double last_at
-
-
 cdef int collect(Pump self, int half, FlowTable *table, list notes) except -1:
-    cdef uint32_t i, count = 0
-    cdef Flow *flow
-    cdef Note *found = NULL
+    """Copy what there is, then tell at leisure."""
+    cdef uint32_t count = 0
+    cdef Note *found
     lock(self, half)
-    if table.touched_count:
-        found = <Note *>malloc(table.touched_count * sizeof(Note))
-        for i in range(table.touched_count if found != NULL else 0):
-            flow = &table.flows[table.touched[i]]
-            flow.is_touched = 0
-            if flow.state == INSTALLED and flow.packets:
-                found[count].index, found[count].packets = table.touched[i], flow.packets
-                found[count].bytes, found[count].last_at = flow.bytes, flow.last_at
-                flow.packets = flow.bytes = 0
-                count += 1
-        if found != NULL:
-            table.touched_count = 0
+    found = notes_copy(table, &count)
     unlock(self, half)
     for i in range(count):
         notes.append((half == IN, found[i].index, found[i].packets, found[i].bytes, found[i].last_at))
     free(found)
     return 0
-
-
-cdef int sweep_half(Pump self, int half, FlowTable *table, Ring *ring, uint32_t most, list gone) except -1:
-    cdef uint32_t i, index
-    cdef Flow *flow
-    cdef double now = clock_of(self)
-    lock(self, half)
-    for i in range(min(most, table.used)):
-        index = self._swept[half] = (self._swept[half] + 1) % table.used
-        flow = &table.flows[index]
-        if flow.state == PENDING and not flow.is_referenced and flow.diverted <= fz_get(&ring.done):
-            flows_remove(table, index)
-        elif flow.state == INSTALLED and not is_in_force(self, table, flow, now):
-            gone.append((half == IN, index, take_note(flow)))
-            flows_remove(table, index)
-        else:
-            flow.is_referenced = 0
-    unlock(self, half)
-    return 0
-
-
-cdef bint is_in_force(Pump self, const FlowTable *table, const Flow *flow, double now) noexcept nogil:
-    if flow.generation != table.generation or flow.peer_generation != self._peers.peers[flow.peer].generation:
-        return False
-    return now < flow.until and now < flow.last_at + flow.ttl
-
-
-# peers
-
-
-cdef void set_sender(Peer *peer, Session session) noexcept:
-    if session is None:
-        peer.current = NULL
-        aead_wipe(&peer.seal)
-    elif peer.current != &session.state:
-        aead_wipe(&peer.seal)
-        aead_init(&peer.seal, session.state.seal_key.key)
-        peer.current = &session.state
-
-
-cdef void set_receiver(Receiver *receiver, Session session) noexcept:
-    """An unconfirmed session is the slow path's: its first packet changes the tunnel."""
-    if session is None or not session.is_confirmed:
-        receiver.session = NULL
-        aead_wipe(&receiver.key)
-    elif receiver.session != &session.state:
-        aead_wipe(&receiver.key)
-        aead_init(&receiver.key, session.state.open_key.key)
-        receiver.session = &session.state

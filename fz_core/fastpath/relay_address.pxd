@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint64_t
 
-from fz_core.fastpath.kernel cimport sockaddr_in, sockaddr_in6
+from fz_core.fastpath.system cimport sockaddr_in, sockaddr_in6
 
 # What a family does not use is zero, so that addresses compare as words.
 cdef union SocketAddress:

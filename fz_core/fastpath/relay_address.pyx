@@ -4,7 +4,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy, memset
 
-from fz_core.fastpath.kernel cimport AF_INET, AF_INET6, htons, ntohs
+from fz_core.fastpath.system cimport AF_INET, AF_INET6, htons, ntohs
 
 from fz_core.packet import Address
 

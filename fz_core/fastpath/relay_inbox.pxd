@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint64_t
 
-from fz_core.fastpath.kernel cimport iovec, mmsghdr
+from fz_core.fastpath.system cimport iovec, mmsghdr
 from fz_core.fastpath.relay_address cimport SocketAddress
 
 cdef enum:

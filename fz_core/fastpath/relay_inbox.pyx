@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from fz_core.fastpath.kernel cimport (
+from fz_core.fastpath.system cimport (
     AF_INET,
     CMSG_DATA,
     CMSG_FIRSTHDR,

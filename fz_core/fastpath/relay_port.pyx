@@ -10,7 +10,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from fz_core.fastpath.kernel cimport (
+from fz_core.fastpath.system cimport (
     AF_INET,
     CMSG_DATA,
     CMSG_LEN,

@@ -22,6 +22,9 @@ cdef void prepare_rewrite(Flow *flow) noexcept nogil
 # size + flow_growth(flow).
 cdef uint8_t *rewrite(Flow *flow, uint8_t *ip, int l4, int size) noexcept nogil
 
+# Marks the packet as one that met congestion (RFC 3168, RFC 6040) if its ends speak ECN; whether they do.
+cdef bint mark_congestion(uint8_t *ip, int version) noexcept nogil
+
 
 cdef inline int flow_growth(const Flow *flow) noexcept nogil:
     """Bytes that packets of the flow grow by."""

@@ -14,7 +14,7 @@ cdef enum:
 
 ctypedef struct Record:
     uint32_t size              # bytes that follow
-    uint32_t peer              # OPENED and NO_PACKET
+    uint32_t peer              # number of the peer it was opened for, or NONE
     Endpoint source            # not for FROM_DEVICE
     Endpoint local
     uint8_t kind

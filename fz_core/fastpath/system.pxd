@@ -1,4 +1,4 @@
-# What the pump needs of libc and the kernel: nothing here touches Python, everything runs without the GIL.
+# What pump and relay need of libc and the kernel: nothing here touches Python, everything runs without the GIL.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -35,7 +35,7 @@ cdef extern from "sys/uio.h" nogil:
     Py_ssize_t writev(int, const iovec *, int)
 
 cdef extern from "sys/socket.h" nogil:
-    enum: AF_INET, AF_INET6, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_NOSIGNAL
+    enum: AF_INET, AF_INET6, MSG_DONTWAIT, MSG_TRUNC, MSG_CTRUNC, MSG_NOSIGNAL, SOL_SOCKET, SO_TIMESTAMPNS
     cdef struct msghdr:
         void *msg_name
         unsigned int msg_namelen
@@ -58,11 +58,13 @@ cdef extern from "sys/socket.h" nogil:
     size_t CMSG_SPACE(size_t)
     int recvmmsg(int, mmsghdr *, unsigned int, int, void *)
     Py_ssize_t sendmsg(int, const msghdr *, int)
+    int setsockopt(int, int, int, const void *, unsigned int)
 
 cdef extern from "sys/epoll.h" nogil:
     enum: EPOLLIN, EPOLLOUT, EPOLLERR, EPOLL_CTL_ADD, EPOLL_CTL_MOD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
     ctypedef union epoll_data_t:
         uint32_t u32
+        void *ptr
     cdef struct epoll_event:
         uint32_t events
         epoll_data_t data
@@ -85,11 +87,22 @@ cdef extern from "pthread.h" nogil:
 cdef extern from *:
     """
     #include <sched.h>
+    #include <string.h>
     #include <time.h>
     #include <unistd.h>
     static inline double fz_now(void) {
         struct timespec at;
         clock_gettime(CLOCK_BOOTTIME, &at);
+        return (double)at.tv_sec + (double)at.tv_nsec * 1e-9;
+    }
+    static inline double fz_wall(void) {
+        struct timespec at;
+        clock_gettime(CLOCK_REALTIME, &at);
+        return (double)at.tv_sec + (double)at.tv_nsec * 1e-9;
+    }
+    static inline double fz_timespec(const void *data) {
+        struct timespec at;
+        memcpy(&at, data, sizeof at);
         return (double)at.tv_sec + (double)at.tv_nsec * 1e-9;
     }
     static inline void fz_pause(long nanoseconds) {
@@ -111,6 +124,9 @@ cdef extern from *:
     """
     # Seconds on the clock of the drivers (CLOCK_BOOTTIME), from the vDSO.
     double fz_now() noexcept nogil
+    # The same by the wall clock, and what is in a struct timespec of it.
+    double fz_wall() noexcept nogil
+    double fz_timespec(const void *data) noexcept nogil
     void fz_pause(long nanoseconds) noexcept nogil
     void fz_signal(int fd) noexcept nogil
     void fz_unsignal(int fd) noexcept nogil

@@ -1,14 +1,36 @@
-"""Ways and keys as the driver names them, turned into what the pump looks at for each packet."""
+"""Sessions, ways and keys as the driver names them, turned into what the pump looks at for each packet."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
+from fz_core.crypto.cipher cimport aead_init, aead_wipe
 from fz_core.fastpath.flows cimport FlowKey
-from fz_core.fastpath.peers cimport CONTROL_SIZE, Endpoint, Peer
+from fz_core.fastpath.peers cimport CONTROL_SIZE, Endpoint, Peer, Receiver
 from fz_core.fastpath.system cimport (
     AF_INET, AF_INET6, CMSG_DATA, CMSG_LEN, CMSG_SPACE, IP_PKTINFO, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, cmsghdr,
     htons, in6_pktinfo, in_pktinfo, sockaddr_in, sockaddr_in6,
 )
+from fz_core.wireguard.session cimport Session
+
+
+cdef void set_sender(Peer *peer, Session session) noexcept:
+    if session is None:
+        peer.current = NULL
+        aead_wipe(&peer.seal)
+    elif peer.current != &session.state:
+        aead_wipe(&peer.seal)
+        aead_init(&peer.seal, session.state.seal_key.key)
+        peer.current = &session.state
+
+
+cdef void set_receiver(Receiver *receiver, Session session) noexcept:
+    if session is None or not session.is_confirmed:
+        receiver.session = NULL
+        aead_wipe(&receiver.key)
+    elif receiver.session != &session.state:
+        aead_wipe(&receiver.key)
+        aead_init(&receiver.key, session.state.open_key.key)
+        receiver.session = &session.state
 
 
 cdef int set_way_out(Peer *peer, way) except -1:
