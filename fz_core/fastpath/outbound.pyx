@@ -17,13 +17,13 @@ from fz_core.fastpath.codel cimport codel_signals
 from fz_core.fastpath.flows cimport (
     INSTALLED, NONE, Flow, FlowKey, flow_diverted, flows_enter, flows_free, flows_init, flows_touch,
 )
-from fz_core.fastpath.peers cimport CONTROL_SIZE, Peer, peers_touch
+from fz_core.fastpath.peers cimport CONTROL_SIZE, Peer, peers_touch, time_of
 from fz_core.fastpath.rewrite cimport HEADER_GROWTH, flow_growth, is_plain, key_of, mark_congestion, rewrite
 from fz_core.fastpath.ring cimport FROM_DEVICE, Record, ring_bar, ring_free, ring_init, ring_push
 from fz_core.fastpath.split cimport SPLIT_OK, SplitPlan, plan_split
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_LEN, CMSG_SPACE, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_TCLASS, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_get, fz_now, iovec, msghdr, sendmsg,
+    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_get, iovec, msghdr, sendmsg,
 )
 from fz_core.fastpath.virtio cimport (
     VNET_GSO_NONE, VNET_HEADER, VNET_NEEDS_CSUM, VnetHeader, read_vnet,
@@ -92,7 +92,7 @@ cdef int outbound_turn(Outbound *out, double now) noexcept nogil:
         handle(out, &out.backlog[taken], now)
         remove(out, taken)
         if done % READS_PER_LOOK == 0:
-            now = fz_now()
+            now = time_of(out.peers)
     if out.open_count:
         outbound_flush(out, now)
     return done

@@ -4,7 +4,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from fz_core.crypto.cipher cimport AeadKey
-from fz_core.fastpath.system cimport sockaddr_in6
+from fz_core.fastpath.system cimport fz_now, sockaddr_in6
 from fz_core.wireguard.session cimport SessionState
 from fz_core.wireguard.timers cimport Traffic
 
@@ -64,6 +64,7 @@ ctypedef struct PeerTable:
     uint32_t vacant
     uint32_t *touched[2]
     uint32_t touched_count[2]
+    double clock               # what a test says the time is; 0: the kernel's
 
 cdef int peers_init(PeerTable *table) noexcept nogil
 cdef void peers_free(PeerTable *table) noexcept nogil
@@ -72,6 +73,11 @@ cdef void peers_free(PeerTable *table) noexcept nogil
 cdef uint32_t peers_add(PeerTable *table, uint32_t index) noexcept nogil
 cdef void peers_remove(PeerTable *table, uint32_t slot) noexcept nogil
 cdef uint32_t peers_find(PeerTable *table, uint32_t index) noexcept nogil
+
+
+cdef inline double time_of(const PeerTable *table) noexcept nogil:
+    """Seconds on the clock of the drivers."""
+    return table.clock if table.clock else fz_now()
 
 
 cdef inline void peers_touch(PeerTable *table, uint32_t slot, int half) noexcept nogil:

@@ -27,13 +27,13 @@ from fz_core.fastpath.inbound cimport Inbound, inbound_free, inbound_init, inbou
 from fz_core.fastpath.notes cimport Note, note_of, notes_copy, notes_sweep
 from fz_core.fastpath.outbound cimport Outbound, outbound_forget, outbound_free, outbound_init, outbound_turn
 from fz_core.fastpath.peers cimport (
-    SESSIONS, Peer, PeerTable, peers_add, peers_free, peers_init, peers_remove,
+    SESSIONS, Peer, PeerTable, peers_add, peers_free, peers_init, peers_remove, time_of,
 )
 from fz_core.fastpath.rewrite cimport prepare_rewrite
 from fz_core.fastpath.ring cimport Ring, ring_bar, ring_is_barred, ring_read
 from fz_core.fastpath.system cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT,
-    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fz_add, fz_get, fz_now, fz_pause, fz_set, fz_signal,
+    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fz_add, fz_get, fz_pause, fz_set, fz_signal,
     SO_TIMESTAMPNS, SOL_SOCKET, fz_unsignal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, setsockopt,
 )
@@ -75,7 +75,6 @@ cdef class Pump:
     cdef int _kick
     cdef int _wake
     cdef bint _shows_stall             # whether the poll waits for room instead of packets
-    cdef double _clock                 # what a test says the time is; 0: the kernel's
     cdef list _held                    # by slot: the tunnel and its sessions, whose memory the pump reads
     cdef readonly int threads
 
@@ -140,7 +139,7 @@ cdef class Pump:
         `now` stands for the kernel's clock from here on, 0 for that itself.
         """
         cdef int done
-        self._clock = now
+        self._peers.clock = now
         with nogil:
             done = turn(self, True, True)
         return done
@@ -303,7 +302,7 @@ cdef class Pump:
             set_way_in(peer, receive)
             if self._in.ring.produced > fz_get(&self._in.ring.done):
                 # What the pump opens from now on must not overtake datagrams that it handed over before.
-                ring_bar(&self._in.ring, self._in.ring.produced, clock_of(self))
+                ring_bar(&self._in.ring, self._in.ring.produced, time_of(&self._peers))
         finally:
             unlock_both(self)
         self._held[slot] = tunnel, sessions
@@ -355,7 +354,7 @@ cdef class Pump:
         flow.peer_generation = self._peers.peers[slot].generation
         flow.ttl = ttl
         flow.until = until
-        flow.last_at = clock_of(self)
+        flow.last_at = time_of(&self._peers)
         flow.is_referenced = 1
         if flow.diverted > self._taken[half]:
             # More of it came while the first packet was decided about: read nothing until the driver has seen that.
@@ -385,7 +384,7 @@ cdef class Pump:
     def sweep(self, uint32_t most):
         """Forget what has lapsed, looking at `most` flows of each half; `(is_inbound, index, note)` of each."""
         cdef list gone = []
-        cdef double now = clock_of(self)
+        cdef double now = time_of(&self._peers)
         lock(self, OUT)
         notes_sweep(&self._out.flows, &self._peers, fz_get(&self._out.ring.done), most, now, False, gone)
         unlock(self, OUT)
@@ -415,7 +414,7 @@ cdef class Pump:
 cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
     """Both halves once; 0 if there was nothing to do."""
     cdef int done = 0
-    cdef double now = clock_of(self)
+    cdef double now = time_of(&self._peers)
     if receives:
         done += turn_in(self, now)
     if sends:
@@ -424,10 +423,6 @@ cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
         fz_set(&self._tells_activity, 0)
         fz_signal(self._wake)
     return done
-
-
-cdef inline double clock_of(Pump self) noexcept nogil:
-    return self._clock if self._clock else fz_now()
 
 
 cdef int turn_in(Pump self, double now) noexcept nogil:
