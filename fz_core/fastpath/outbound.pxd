@@ -51,7 +51,6 @@ ctypedef struct Outbound:
     PeerTable *peers
     Ring ring
     bint device_failed
-    bint holds_clock           # a test says what the time is
     Refusal refusals[MAX_REFUSALS]
     int refusal_count
     uint64_t reads, packets, bytes, calls, datagrams, dropped, signalled

@@ -91,7 +91,7 @@ cdef int outbound_turn(Outbound *out, double now) noexcept nogil:
         done += 1
         handle(out, &out.backlog[taken], now)
         remove(out, taken)
-        if done % READS_PER_LOOK == 0 and not out.holds_clock:
+        if done % READS_PER_LOOK == 0:
             now = time_of(out.peers)
     if out.open_count:
         outbound_flush(out, now)
