@@ -30,6 +30,8 @@ environment besides the options:
   FZFF_GATEWAY_USERSPACE_DNS_A_AAAA_RECORDS=false  resolve names with the system's functions, cached 30 s
   FZFF_ICMP_UNREACHABLE_INSTEAD_OF_NAT64=true      no translation between IPv4 and IPv6
   FZ_CIPHER=libsodium|libcrypto                    what seals and opens full packets; default: the faster one
+  FZ_FASTPATH=off                                  every packet goes through Python: slower, else the same
+  FZ_TUN_OFFLOADS=off, FZ_UDP_GSO=off, FZ_UDP_GRO=off  one packet or datagram per call
 exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 

@@ -30,6 +30,8 @@ The token is read from FIREZONE_TOKEN, else from the file --token-path, which mu
 be closed to everybody else.
 environment besides the options:
   FZ_CIPHER=libsodium|libcrypto  what seals and opens full packets; default: the faster one
+  FZ_FASTPATH=off                every packet goes through Python: slower, else the same
+  FZ_TUN_OFFLOADS=off, FZ_UDP_GSO=off, FZ_UDP_GRO=off  one packet or datagram per call
 exit status: 0 clean end, 1 run-time failure, 2 usage error"""
 
 

@@ -18,14 +18,13 @@ import threading
 from collections.abc import Sequence
 
 from fz_core.fastpath import Pump, split_super_packet
-from fz_core.linux import TunDevice, TunError, UdpSocket
+from fz_core.linux import TunDevice, TunError, UdpSocket, switches
 from fz_core.node import Carried, Transport
 from fz_core.packet import Address, DropReason
 from fz_core.tunnel import PacketError, TunnelRole
 from fz_core.tunnel.path_mtu import MAX_PACKET
 from fz_core.tunnel.verdict import FlowKey, Verdict
 
-VARIABLE = "FZ_FASTPATH"
 THREADS_VARIABLE = "FZ_FASTPATH_THREADS"
 # How often a busy pump is asked what it carried: for connections, and for flows.
 PEER_INTERVAL, FLOW_INTERVAL = 0.1, 1.0
@@ -37,7 +36,7 @@ Ending = tuple[bytes, int]
 
 def wanted_threads() -> int:
     """Threads of the pump: one, two by `FZ_FASTPATH_THREADS`, none by `FZ_FASTPATH=off`."""
-    if os.environ.get(VARIABLE, "").strip().lower() in ("off", "0", "false", "no"):
+    if not switches.is_on(switches.FASTPATH):
         return 0
     return 2 if os.environ.get(THREADS_VARIABLE, "").strip() == "2" else 1
 

@@ -15,6 +15,7 @@ import select
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import structlog
 import trio
 
 from fz_core.driver import clock
@@ -32,6 +33,8 @@ SHUTDOWN_FLUSH = 1.0
 DEADLINE_GRANULARITY = 0.01
 SHORTEST_SUSPEND = 1.0
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+
+log = structlog.get_logger("io")
 
 
 class Loop:
@@ -78,6 +81,11 @@ class Loop:
     def sockets(self) -> list[UdpSocket]:
         """The data sockets there are, IPv4 first."""
         return self._lanes.sockets
+
+    @property
+    def carried(self) -> dict[str, int]:
+        """The pump's counters (`docs/fast-path.md`); empty without a pump."""
+        return {} if self._carrier is None else self._carrier.counters()
 
     def submit(self, command: Callable[[float], None]) -> None:
         """Run a mutation of the state in the next turn; it gets the time. From any thread."""
@@ -135,6 +143,7 @@ class Loop:
             carrier.close()
             carrier.note(self._tick())
             carrier.note_flows()
+            log.debug("Fast path ended", **carrier.counters())
 
     # turns
 

@@ -141,6 +141,11 @@ class Tunnel:
         """Dropped packets and messages by reason, since the start."""
         return {reason.value: count for reason, count in self._state.drops.items()}
 
+    @property
+    def carried(self) -> dict[str, int]:
+        """What the fast path has carried, and what it left to Python (`docs/fast-path.md`); empty without one."""
+        return {} if self._loop is None else self._loop.carried
+
     def stop(self) -> None:
         """Say goodbye to all peers and let `run` return."""
         self._is_stopping = True

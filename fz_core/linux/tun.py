@@ -14,6 +14,7 @@ import struct
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from fz_core.linux import switches
 from fz_core.linux.compiled import TunQueue
 from fz_core.linux.errors import HostError
 
@@ -50,7 +51,7 @@ class TunDevice:
         fd = _open_node(node)
         try:
             _create(fd, name)
-            offloads = offloads and _enable_offloads(fd)
+            offloads = offloads and switches.is_on(switches.TUN_OFFLOADS) and _enable_offloads(fd)
             _set_tx_queue_length(name)
             return cls(fd, name, offloads)
         except BaseException:

@@ -12,6 +12,7 @@ import socket
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from fz_core.linux import switches
 from fz_core.linux.compiled import UdpQueue
 from fz_core.linux.marks import MARK, set_mark
 from fz_core.packet import Address
@@ -79,9 +80,10 @@ class UdpSocket:
             if mark is not None:
                 set_mark(sock, mark)
             _set_buffers(sock)
-            if gro:
+            if gro and switches.is_on(switches.UDP_GRO):
                 _try_option(sock, SOL_UDP, UDP_GRO, 1)
-            return cls(sock, 64 if gso and _probe_gso(sock) else 1, mark)
+            has_gso = gso and switches.is_on(switches.UDP_GSO) and _probe_gso(sock)
+            return cls(sock, 64 if has_gso else 1, mark)
         except BaseException:
             sock.close()
             raise
