@@ -130,7 +130,7 @@ class Carrier:
             self._state.drops[DropReason.BUFFER_FULL] += lost - self._lost
             self._lost = lost
         if self._peers_due_at is None:
-            self._peers_due_at = now + PEER_INTERVAL
+            self._peers_due_at = now  # the first packets after a pause may wake a connection
             self._flows_due_at = max(self._flows_due_at, now)
 
     def _take_device_read(self, raw: bytes, errors: list[Exception], now: float) -> None:
