@@ -47,8 +47,13 @@ cdef enum:
     OUT = 0
     IN = 1
     EVENTS = 4
+    FEW = 16                   # reads and messages of a turn
+    DENSE = 32                 # of a millisecond
     STALL_POLL_MS = 20         # how often a stalled send looks whether its patience has ended
 
+# A pause costs a stream of single packets nothing, and a conversation, which never has so many, has none.
+cdef double DENSITY_TIME = 0.001
+cdef long LINGER = 30_000          # nanoseconds; the kernel makes 80,000 of it
 cdef long BARRED_PAUSE = 50_000    # nanoseconds
 cdef long POLITE_PAUSE = 20_000
 
@@ -128,10 +133,16 @@ cdef class Pump:
         """Carry until `stop`; with two threads each serves the `half` 0 (sending) or 1 (receiving)."""
         cdef bint sends = half != IN
         cdef bint receives = half != OUT
+        cdef Density density
+        cdef int done
+        memset(&density, 0, sizeof(Density))
         with nogil:
             while not fz_get(&self._is_stopping):
-                if turn(self, sends, receives) == 0:
+                done = turn(self, sends, receives)
+                if done == 0:
                     wait(self, sends, receives)
+                elif done < FEW and is_dense(&density, done, time_of(&self._peers)):
+                    fz_pause(LINGER)
 
     def step(self, double now=0.0):
         """One turn of both halves, in the caller's thread: for tests. How many reads and messages there were.
@@ -409,6 +420,21 @@ cdef class Pump:
 
 
 # the thread's work
+
+
+cdef struct Density:
+    double began_at            # of the millisecond that is counted
+    int count
+    bint was_dense
+
+
+cdef bint is_dense(Density *density, int done, double now) noexcept nogil:
+    """Whether so much comes one by one that waiting a moment for more costs less than it gains."""
+    if now - density.began_at > DENSITY_TIME:
+        density.was_dense = density.count >= DENSE and now - density.began_at < 2 * DENSITY_TIME
+        density.began_at, density.count = now, 0
+    density.count += done
+    return density.was_dense
 
 
 cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
