@@ -80,6 +80,7 @@ def contestants(settings: Settings) -> tuple[dict[str, Contestant], dict[str, st
     else:
         left_out["pump"] = "no --pump-source"
     found["ours, direct"] = partial(firezone, Programs())
+    found["ours, direct, two threads"] = partial(firezone, Programs(), env={"FZ_FASTPATH_THREADS": "2"})
     found["ours, direct, no fast path"] = partial(firezone, Programs(), env={"FZ_FASTPATH": "off"})
     found["ours, relayed"] = partial(firezone, Programs(), relayed=True)
     if shutil.which("turnserver"):
