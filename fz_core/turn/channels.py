@@ -14,6 +14,7 @@ LAST_CHANNEL = 0x4FFF
 CHANNEL_LIFETIME = 600.0
 REBIND_TIMEOUT = 300.0
 REFRESH_AGE = 300.0
+NEVER = float("inf")
 
 
 class Channel:
@@ -37,16 +38,16 @@ class Channel:
             return None
         return self.bound_at + REFRESH_AGE
 
-    def is_free(self, now: float) -> bool:
-        """Whether another peer may get the number.
+    @property
+    def free_at(self) -> float:
+        """From when on another peer may get the number.
 
-        Data received late shows that the relay still holds the binding, hence the second condition.
+        Data received late shows that the relay still holds the binding.
         """
         if self.is_in_flight or self.bound_at is None:
-            return False
-        if now < self.bound_at + CHANNEL_LIFETIME + REBIND_TIMEOUT:
-            return False
-        return self.received_at is None or now >= self.received_at + REBIND_TIMEOUT
+            return NEVER
+        ends_at = self.bound_at + CHANNEL_LIFETIME + REBIND_TIMEOUT
+        return ends_at if self.received_at is None else max(ends_at, self.received_at + REBIND_TIMEOUT)
 
 
 class Channels:
@@ -58,6 +59,7 @@ class Channels:
         self._next = FIRST_CHANNEL
         self._refresh_at: float | None = None
         self._is_refresh_known = True
+        self._full_until = 0.0
         self._changed: set[Address] = set()
 
     def __len__(self) -> int:
@@ -69,7 +71,7 @@ class Channels:
         if channel is not None:
             if channel.can_send(now):
                 return None
-            if not channel.is_free(now):
+            if now < channel.free_at:
                 return self.begin(channel, now)
             self._drop(channel)
         number = self._next_number(now)
@@ -82,9 +84,9 @@ class Channels:
 
     def begin(self, channel: Channel, now: float) -> Channel:
         """A bind for this known channel is being sent."""
+        self._stop_refresh(channel)
         channel.is_in_flight = True
         channel.requested_at = now
-        self._is_refresh_known = False
         return channel
 
     def confirm(self, number: int, now: float) -> None:
@@ -92,10 +94,10 @@ class Channels:
         channel = self._by_number.get(number)
         if channel is None:
             return
+        self._stop_refresh(channel)
         channel.is_in_flight = False
         channel.bound_at = now
         channel.received_at = None
-        self._is_refresh_known = False
         self._changed.add(channel.peer)
 
     def reject(self, number: int) -> None:
@@ -112,6 +114,7 @@ class Channels:
         self._next = FIRST_CHANNEL
         self._refresh_at = None
         self._is_refresh_known = True
+        self._full_until = 0.0
 
     def number_to(self, peer: Address, now: float) -> int | None:
         """The number to send to `peer` with."""
@@ -123,9 +126,10 @@ class Channels:
         channel = self._by_number.get(number)
         if channel is None or channel.bound_at is None:
             return None
-        if channel.received_at is None:
-            self._is_refresh_known = False
-        channel.received_at = now
+        is_first, channel.received_at = channel.received_at is None, now
+        refresh_at = channel.refresh_at() if is_first else None
+        if refresh_at is not None and (self._refresh_at is None or refresh_at < self._refresh_at):
+            self._refresh_at = refresh_at
         return channel.peer
 
     def confirmed_to(self, peer: Address) -> Channel | None:
@@ -165,28 +169,39 @@ class Channels:
         return due
 
     def next_refresh_at(self) -> float | None:
-        """The earliest refresh; computed anew only after something changed."""
+        """The earliest refresh; computed anew only after the channel that it was for has changed."""
         if not self._is_refresh_known:
             times = (channel.refresh_at() for channel in self._by_number.values())
             self._refresh_at = min((at for at in times if at is not None), default=None)
             self._is_refresh_known = True
         return self._refresh_at
 
+    def _stop_refresh(self, channel: Channel) -> None:
+        """This channel is about to change, and is not to be refreshed then."""
+        if self._refresh_at is not None and channel.refresh_at() == self._refresh_at:
+            self._is_refresh_known = False
+
     def _drop(self, channel: Channel) -> None:
+        self._stop_refresh(channel)
+        self._full_until = 0.0
         del self._by_number[channel.number]
         if self._by_peer.get(channel.peer) is channel:
             del self._by_peer[channel.peer]
             self._changed.add(channel.peer)
-        self._is_refresh_known = False
 
     def _next_number(self, now: float) -> int | None:
+        if now < self._full_until:
+            return None
         for _ in range(FIRST_CHANNEL, LAST_CHANNEL + 1):
             number = self._next
             self._next = FIRST_CHANNEL if number == LAST_CHANNEL else number + 1
             old = self._by_number.get(number)
             if old is None:
                 return number
-            if old.is_free(now):
+            if now >= old.free_at:
                 self._drop(old)
                 return number
+        # A bind in flight, should it be confirmed, holds its number for the longest time from now.
+        longest = now + CHANNEL_LIFETIME + REBIND_TIMEOUT
+        self._full_until = min(longest, *(channel.free_at for channel in self._by_number.values()))
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from fz_core.packet import Address
@@ -96,6 +98,54 @@ def test_an_expired_channel_is_not_refreshed_by_a_timer() -> None:
     channels.receive(number, 1.0)
     assert channels.due(11 * MINUTE) == []
     assert channels.next_refresh_at() is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_next_refresh_is_the_earliest_of_all(seed: int) -> None:
+    random, channels, now = Random(seed), Channels(), 0.0
+    for _ in range(1500):
+        number, now = 0x4000 + random.randrange(20), now + random.choice((0.0, 1.0, 45.0))
+        match random.randrange(7):
+            case 0 | 1:
+                channels.request(peer(random.randrange(20)), now)
+            case 2 | 3:
+                channels.confirm(number, now)
+            case 4 | 5:
+                channels.receive(number, now)
+            case _ if random.randrange(4) == 0:
+                channels.reject(number)
+        for channel in channels.due(now):
+            channels.begin(channel, now)
+        refreshes = [channel.refresh_at() for channel in channels._by_number.values()]
+        earliest = min((at for at in refreshes if at is not None), default=None)
+        assert channels.next_refresh_at() == earliest, f"seed {seed}"
+
+
+def test_where_all_numbers_are_taken_the_first_one_free_is_found_in_time() -> None:
+    channels = Channels()
+    for port in range(4095):
+        bind(channels, port, 0.0)
+    late = channels.request(peer(4095), 0.0)
+    assert late is not None
+    assert channels.request(peer(5000), 1.0) is None
+    channels.reject(0x4001)  # free at once
+    assert bind(channels, 5000, 2.0) == 0x4001
+    assert channels.request(peer(5001), 3.0) is None
+    channels.confirm(late.number, 4.0)
+    channels.receive(0x4000, 14 * MINUTE)
+    assert channels.request(peer(5001), 15 * MINUTE - 1) is None
+    assert bind(channels, 5001, 15 * MINUTE) == 0x4002
+
+
+def test_binds_that_are_all_in_flight_hold_their_numbers_until_they_end() -> None:
+    channels = Channels()
+    for port in range(4096):
+        assert channels.request(peer(port), 0.0) is not None
+    assert channels.request(peer(5000), 1.0) is None
+    for number in range(0x4000, 0x5000):
+        channels.confirm(number, 2.0)
+    assert channels.request(peer(5000), 15 * MINUTE + 1) is None
+    assert channels.request(peer(5000), 15 * MINUTE + 2) is not None
 
 
 def test_a_refused_number_is_forgotten() -> None:
