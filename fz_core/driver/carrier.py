@@ -15,6 +15,7 @@ import errno
 import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 from fz_core.fastpath import Pump, split_super_packet
@@ -29,9 +30,11 @@ THREADS_VARIABLE = "FZ_FASTPATH_THREADS"
 # How often a busy pump is asked what it carried: for connections, and for flows.
 PEER_INTERVAL, FLOW_INTERVAL = 0.1, 1.0
 SWEPT_PER_INTERVAL = 4096
+BUDGET = 256
 FROM_DEVICE, DATAGRAM, OPENED, FORGED, NO_PACKET = range(5)
 
 Ending = tuple[bytes, int]
+Record = tuple[int, int | None, Ending | None, Ending | None, int, bytes]
 
 
 def wanted_threads() -> int:
@@ -67,6 +70,7 @@ class Carrier:
         self._generation = state.generation
         self._limits = state.path_mtus.limits
         self._lost = 0
+        self._pending: deque[Record] = deque()
         self._is_unfinished = False
         self._peers_due_at: float | None = None
         self._flows_due_at = 0.0
@@ -109,13 +113,21 @@ class Carrier:
 
     # what the pump could not decide
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether a turn's budget left something to present."""
+        return bool(self._pending)
+
     def read(self, errors: list[Exception], now: float) -> None:
-        """Present everything that waits to the state."""
-        os.eventfd_read(self._wake)
-        if self._pump.has_failed:
-            raise TunError(f"cannot read {self._tun_name}: was the device deleted? Restart the service")
-        self._is_unfinished = True
-        for kind, number, local, source, ecn, data in self._pump.take():
+        """Present what waits to the state, up to a budget: timers and the portal have their turn too."""
+        if not self._pending:
+            os.eventfd_read(self._wake)
+            if self._pump.has_failed:
+                raise TunError(f"cannot read {self._tun_name}: was the device deleted? Restart the service")
+            self._is_unfinished = True
+            self._pending.extend(self._pump.take())
+        for _ in range(min(len(self._pending), BUDGET)):
+            kind, number, local, source, ecn, data = self._pending.popleft()
             if kind == FROM_DEVICE:
                 self._take_device_read(data, errors, now)
                 continue
@@ -215,7 +227,7 @@ class Carrier:
         for verdict in self._new.values():
             self._install(verdict)
         self._new.clear()
-        if self._is_unfinished and is_flushed:
+        if self._is_unfinished and is_flushed and not self._pending:
             self._is_unfinished = False
             self._pump.finish()
 

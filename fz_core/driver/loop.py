@@ -153,7 +153,8 @@ class Loop:
         if not ready or now >= self._look_again_at:
             # The deadline costs a look at every connection, so a busy loop asks for it only now and then.
             self._look(now)
-        if not ready and (self._deadline is None or self._deadline > now):
+        is_behind = self._carrier is not None and self._carrier.is_behind and not self._lanes.is_blocked
+        if not ready and not is_behind and (self._deadline is None or self._deadline > now):
             await self._sleep(now)
             return
         if any(fd in ready for fd in self._alarm.filenos()):
@@ -166,7 +167,7 @@ class Loop:
             self._run_commands(errors, now)
         if self._deadline is not None and self._deadline <= now:
             self._run_timers(now)
-        if self._carrier is not None and self._carrier.fileno() in ready:
+        if self._carrier is not None and (self._carrier.is_behind or self._carrier.fileno() in ready):
             self._carrier.read(errors, now)
         if ready.get(self._tun.fileno(), 0) & ~WRITE:
             self._read_tun(errors, now)

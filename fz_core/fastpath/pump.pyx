@@ -306,6 +306,7 @@ cdef class Pump:
                 session = tunnel._sessions[i]
                 set_receiver(&peer.receivers[i], session)
                 sessions.append(session)
+            self._held[slot] = tunnel, sessions
             peer.traffic = &tunnel.timers.traffic
             peer.limit = limit
             peer.send_until = send_until
@@ -316,7 +317,6 @@ cdef class Pump:
                 ring_bar(&self._in.ring, self._in.ring.produced, time_of(&self._peers))
         finally:
             unlock_both(self)
-        self._held[slot] = tunnel, sessions
 
     def remove_peer(self, uint32_t number):
         """The connection is gone, with all its flows."""

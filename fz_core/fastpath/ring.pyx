@@ -10,7 +10,7 @@ from fz_core.fastpath.peers cimport Endpoint
 from fz_core.fastpath.system cimport ntohs
 
 cdef enum:
-    RING_BYTES = 4 << 20       # sixty super packets, or thousands of datagrams; paged in as it is used
+    RING_BYTES = 2 << 20       # thirty super packets, or thousands of datagrams; paged in as it is used
 
 cdef double BARRED_TIME = 0.05     # the longest that a half waits for the driver
 

@@ -1,7 +1,7 @@
 """Sessions, ways and keys as the driver names them, turned into what the pump looks at for each packet."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from fz_core.crypto.cipher cimport aead_init, aead_wipe
 from fz_core.fastpath.flows cimport FlowKey
@@ -34,13 +34,15 @@ cdef void set_receiver(Receiver *receiver, Session session) noexcept:
 
 
 cdef int set_way_out(Peer *peer, way) except -1:
-    cdef Endpoint local
+    cdef Endpoint remote, local
     peer.may_send = way is not None
     if way is None:
         return 0
     remote_ip, remote_port, local_ip, peer.channel = way
-    fill_endpoint(&peer.remote, remote_ip, remote_port)
-    peer.is_single = False
+    fill_endpoint(&remote, remote_ip, remote_port)
+    if memcmp(&remote, &peer.remote, sizeof(Endpoint)) != 0:
+        peer.is_single = False  # another destination may take segments
+    peer.remote = remote
     peer.is_ipv4 = len(remote_ip) == 4
     fill_name(peer)
     peer.control_length = 0
