@@ -126,6 +126,7 @@ class Carrier:
                 raise TunError(f"cannot read {self._tun_name}: was the device deleted? Restart the service")
             self._is_unfinished = True
             self._pending.extend(self._pump.take())
+            self._note_peers(now)  # a peer was heard before what it is told now
         for _ in range(min(len(self._pending), BUDGET)):
             kind, number, local, source, ecn, data = self._pending.popleft()
             if kind == FROM_DEVICE:
@@ -284,21 +285,26 @@ class Carrier:
         """Tell the state what was carried: to be called when due, and before the state runs its timers."""
         if self._peers_due_at is None:
             return
+        is_busy = self._note_peers(now)
+        if now >= self._flows_due_at or not is_busy:
+            self.note_flows()
+            self._flows_due_at = now + FLOW_INTERVAL
+            for is_inbound, index, note in self._pump.sweep(SWEPT_PER_INTERVAL):
+                self._forget(is_inbound, index, note)
+        if is_busy:
+            self._peers_due_at = now + PEER_INTERVAL
+        else:
+            self._peers_due_at = None
+            self._pump.notice()
+
+    def _note_peers(self, now: float) -> bool:
+        """Whether any of them had traffic since the last time."""
         peers = self._pump.take_peers()
         for number, sent_at, heard_at, unheard_since in peers:
             transport = self._peers.get(number)
             if transport is not None:
                 self._state.node.note_traffic(transport.peer_id, Carried(sent_at, heard_at, unheard_since), now)
-        if now >= self._flows_due_at or not peers:
-            self.note_flows()
-            self._flows_due_at = now + FLOW_INTERVAL
-            for is_inbound, index, note in self._pump.sweep(SWEPT_PER_INTERVAL):
-                self._forget(is_inbound, index, note)
-        if peers:
-            self._peers_due_at = now + PEER_INTERVAL
-        else:
-            self._peers_due_at = None
-            self._pump.notice()
+        return bool(peers)
 
     def note_flows(self) -> None:
         """Tell what was carried of each flow since the last time."""
