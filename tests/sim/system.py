@@ -427,6 +427,9 @@ class System:
     `client` and `gateway` are the first ones.
     """
 
+    peer_kind: Any = Peer
+    inner4, outer4 = "172.{}.0.100", "203.0.113.{}"
+
     def __init__(self, seed: int, scenario: Scenario | None = None, client_kind: Any = ClientTunnel) -> None:
         self.client_kind = client_kind
         self.scenario = s = scenario or Scenario()
@@ -436,7 +439,7 @@ class System:
             SimRelay(
                 self.world,
                 self.net,
-                f"203.0.113.{101 + n}" if s.relay_v4 else None,
+                self.outer4.format(101 + n) if s.relay_v4 else None,
                 f"203:0:113::{101 + n}" if s.relay_v6 else None,
                 s.latency,
             )
@@ -455,8 +458,8 @@ class System:
 
     def _peer(self, role: str, name: str, nat: str, families: tuple[int, ...], net: int) -> Peer:
         translation = Nat("none" if nat == "public" else nat)
-        inner = {4: f"172.{net}.0.100", 16: f"172:{net}::100"}
-        outer = {4: f"203.0.113.{net}", 16: f"203:0:113::{net}"}
+        inner = {4: self.inner4.format(net), 16: f"172:{net}::100"}
+        outer = {4: self.outer4.format(net), 16: f"203:0:113::{net}"}
         used = outer if nat == "public" else inner
         translation.public = {f: ip_address(outer[f]).packed for f in families}
         if self.scenario.blocked:
@@ -464,7 +467,7 @@ class System:
             translation.blocked = lambda _inner, remote: remote.ip not in relay_ips
         host = self.net.add(name, {f: ip_address(used[f]).packed for f in families}, translation, self.scenario.latency)
         identity = uuid_of(f"{role} {name}")
-        peer = Peer(self.world, self.net, host, None, self.portal.sender(lambda: identity), name)
+        peer: Peer = self.peer_kind(self.world, self.net, host, None, self.portal.sender(lambda: identity), name)
         peer.listen()
         if role == "gateway":
             peer.on_packet = lambda packet: self._echo(peer, packet)
