@@ -549,7 +549,7 @@ class ClientTunnel(PeerTunnel):
     def _forget_peer(self, peer_id: str, reason: str, now: float) -> None:
         self._void_peer(peer_id)
         self.flows.end_peer(peer_id, now)
-        self._candidates.forget(peer_id)
+        self._forget_paths(peer_id)
         self._waiting.close(peer_id)
         self._sites.handle_gone(peer_id)
         self._setups.forget_gateway(peer_id)

@@ -389,7 +389,7 @@ class GatewayTunnel(TunnelRole):
         self._void_peer(client_id)
         self.flows.end_peer(client_id, now)
         self._unindex(client_id)
-        self._candidates.forget(client_id)
+        self._forget_paths(client_id)
         self._legacy.pop(client_id, None)
         if self._clients.pop(client_id, None) is not None:
             self._events.append(ConnectionDown(client_id, reason))

@@ -10,6 +10,7 @@ timers; a question that is due is asked when there is traffic. Source: RFC 1191,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -50,8 +51,8 @@ class Hop(NamedTuple):
 class PathMtus:
     """The inner limits of all peers.
 
-    `limits` is empty unless a path is narrow, so that this costs one test per packet. `asks_at` is when
-    `take_questions` next has something.
+    `limits` is empty unless a path is narrow, so that this costs one test per packet; it is another object once it has
+    changed. `asks_at` is when `take_questions` next has something.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class PathMtus:
         self.asks_at = NEVER
         self._changes: list[tuple[str, int]] = []
         self._hops: dict[str, Hop] = {}
+        self._users: Counter[bytes] = Counter()  # hops by their remote IP
         self._mtus: dict[bytes, int] = {}
         self._watched: dict[Hop, float] = {}
         self._complaints = 0
@@ -66,19 +68,28 @@ class PathMtus:
 
     # paths
 
-    def use_path(self, peer_id: str, hop: Hop, peers: Iterable[str], now: float) -> None:
-        """A peer is reached another way: find out what fits there. `peers` are all that still exist."""
+    def use_path(self, peer_id: str, hop: Hop, now: float) -> None:
+        """A peer is reached another way: find out what fits there."""
+        former = self._hops.get(peer_id)
         self._hops[peer_id] = hop
-        kept = set(peers)
-        self._hops = {peer: hop for peer, hop in self._hops.items() if peer in kept}
-        used = {known.remote.ip for known in self._hops.values()}
-        self._mtus = {ip: mtu for ip, mtu in self._mtus.items() if ip in used}
-        self._refresh()
+        self._users[hop.remote.ip] += 1
+        if former is not None:
+            self._leave(former)
+        self._refresh((peer_id,))
         self._watch(hop, now)
+
+    def forget(self, peer_id: str) -> None:
+        """A peer is gone."""
+        hop = self._hops.pop(peer_id, None)
+        if hop is not None:
+            self._leave(hop)
+            if peer_id in self.limits:
+                self.limits = {peer: limit for peer, limit in self.limits.items() if peer != peer_id}
 
     def clear(self) -> None:
         """Another network: nothing that was learnt holds."""
         self._hops.clear()
+        self._users.clear()
         self._mtus.clear()
         self._watched.clear()
         self.limits = {}
@@ -123,7 +134,7 @@ class PathMtus:
             del self._mtus[remote.ip]
         else:
             self._mtus[remote.ip] = known
-        raised = self._refresh()
+        raised = self._refresh([peer_id for peer_id, hop in self._hops.items() if hop.remote.ip == remote.ip])
         for peer_id in raised:
             self._watch(self._hops[peer_id], now)
         if self.asks_at == NEVER:
@@ -192,18 +203,28 @@ class PathMtus:
         else:
             self.asks_at = now + RECHECK_INTERVAL if self._mtus else NEVER
 
-    def _refresh(self) -> list[str]:
-        """Derive the limits; the peers whose limit rose or fell away."""
-        limits: dict[str, int] = {}
-        for peer_id, hop in self._hops.items():
-            mtu = self._mtus.get(hop.remote.ip)
-            limit = MAX_PACKET if mtu is None else inner_limit(mtu, hop)
-            if limit < MAX_PACKET:
-                limits[peer_id] = limit
-        before, self.limits = self.limits, limits
-        changed = [p for p in self._hops if limits.get(p, MAX_PACKET) != before.get(p, MAX_PACKET)]
-        self._changes += [(peer_id, limits.get(peer_id, MAX_PACKET)) for peer_id in changed]
-        return [p for p in changed if limits.get(p, MAX_PACKET) > before.get(p, MAX_PACKET)]
+    def _leave(self, hop: Hop) -> None:
+        """A path is not used any more; what is known of it ends with its last user."""
+        ip = hop.remote.ip
+        self._users[ip] -= 1
+        if not self._users[ip]:
+            del self._users[ip]
+            self._mtus.pop(ip, None)
+
+    def _refresh(self, peers: Iterable[str]) -> list[str]:
+        """Derive the limits of these; the peers whose limit rose or fell away."""
+        before = {peer_id: self.limits.get(peer_id, MAX_PACKET) for peer_id in peers}
+        after = {peer_id: min(self._limit(self._hops[peer_id]), MAX_PACKET) for peer_id in before}
+        changed = {peer_id: limit for peer_id, limit in after.items() if limit != before[peer_id]}
+        if changed:
+            limits = {**self.limits, **changed}
+            self.limits = {peer_id: limit for peer_id, limit in limits.items() if limit < MAX_PACKET}
+            self._changes += changed.items()
+        return [peer_id for peer_id, limit in changed.items() if limit > before[peer_id]]
+
+    def _limit(self, hop: Hop) -> int:
+        mtu = self._mtus.get(hop.remote.ip)
+        return MAX_PACKET if mtu is None else inner_limit(mtu, hop)
 
 
 def inner_limit(mtu: int, hop: Hop) -> int:

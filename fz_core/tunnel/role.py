@@ -293,9 +293,14 @@ class TunnelRole(ABC):
         """Data of a peer travels another way: what fits there?"""
         hop = self.node.first_hop(peer_id)
         if hop is not None:
-            self.path_mtus.use_path(peer_id, Hop(*hop), self.node.peers, now)
+            self.path_mtus.use_path(peer_id, Hop(*hop), now)
             self._tell_path_mtus()
             self.node.probe_mtu(peer_id, now)
+
+    def _forget_paths(self, peer_id: str) -> None:
+        """The connection ended: its peer need not hear of candidates, and no path to it is narrow."""
+        self._candidates.forget(peer_id)
+        self.path_mtus.forget(peer_id)
 
     def _tell_path_mtus(self) -> None:
         self._events.extend(PathMtuChanged(*change) for change in self.path_mtus.take_changes())
@@ -327,11 +332,11 @@ class TunnelRole(ABC):
                     self._use_path(peer_id, now)
                 case node_events.ConnectionFailed(peer_id, reason):
                     self._void_peer(peer_id)
-                    self._candidates.forget(peer_id)
+                    self._forget_paths(peer_id)
                     self._handle_connection_lost(peer_id, reason, now)
                 case node_events.ConnectionClosed(peer_id):
                     self._void_peer(peer_id)
-                    self._candidates.forget(peer_id)
+                    self._forget_paths(peer_id)
                 case node_events.PeerSilent():
                     self._events.append(CheckPortal())
                 case node_events.PeerLost(peer_id):

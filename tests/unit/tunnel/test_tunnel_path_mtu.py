@@ -12,12 +12,11 @@ LOCAL = Address(bytes([192, 0, 2, 1]), 52625)
 A4, B4 = bytes([100, 64, 0, 1]), bytes([10, 20, 0, 80])
 A6, B6 = bytes(15) + b"\3", bytes(15) + b"\4"
 SYN, ACK = 2, 16
-PEERS = ["peer", "other"]
 
 
 def reached(hop: Hop, mtu: int, now: float = 0.0) -> PathMtus:
     mtus = PathMtus()
-    mtus.use_path("peer", hop, PEERS, now)
+    mtus.use_path("peer", hop, now)
     mtus.set_mtu(hop.remote, mtu, now)
     return mtus
 
@@ -46,7 +45,7 @@ def test_the_limit_leaves_room_for_the_headers(remote: Address, extra: int, mtu:
 def test_a_new_path_is_asked_about_for_two_seconds() -> None:
     mtus, hop = PathMtus(), Hop(V4, LOCAL, 0)
     assert mtus.take_questions(5.0) == []
-    mtus.use_path("peer", hop, PEERS, 5.0)
+    mtus.use_path("peer", hop, 5.0)
     assert mtus.asks_at == 5.0
     assert mtus.take_questions(5.0) == [hop]
     assert mtus.take_questions(5.001) == []
@@ -75,7 +74,7 @@ def test_many_paths_at_once_are_asked_about_in_turns() -> None:
     mtus = PathMtus()
     peers = [f"peer{n}" for n in range(40)]
     for n, peer in enumerate(peers):
-        mtus.use_path(peer, Hop(Address(bytes([10, 0, 0, n]), 1), None, 0), peers, 0.0)
+        mtus.use_path(peer, Hop(Address(bytes([10, 0, 0, n]), 1), None, 0), 0.0)
     rounds = [mtus.take_questions(at) for at in (0.0, 0.005, 0.010)]
     assert [len(asked) for asked in rounds] == [16, 16, 16]
     assert len({hop for asked in rounds for hop in asked}) == 40
@@ -95,13 +94,15 @@ def test_a_refused_datagram_raises_the_question_for_paths_there_only() -> None:
 def test_limits_end_with_the_path_the_peer_or_the_network() -> None:
     narrow, wide = Hop(V4, None, 0), Hop(V6, None, 0)
     mtus = reached(narrow, 1124)
-    mtus.use_path("peer", wide, PEERS, 1.0)
+    mtus.use_path("peer", wide, 1.0)
     assert mtus.limits == {}
-    mtus.use_path("peer", narrow, PEERS, 2.0)
+    mtus.use_path("peer", narrow, 2.0)
     assert mtus.limits == {}  # a path left is a path forgotten
     mtus.set_mtu(V4, 1124, 2.0)
-    mtus.use_path("other", wide, ["other"], 3.0)
+    mtus.forget("peer")
     assert mtus.limits == {}
+    mtus.use_path("peer", narrow, 3.0)
+    assert mtus.limits == {}  # nor is what was known of a peer that left
     mtus = reached(narrow, 1124)
     mtus.clear()
     assert mtus.limits == {}
@@ -110,10 +111,25 @@ def test_limits_end_with_the_path_the_peer_or_the_network() -> None:
 
 def test_all_peers_behind_one_address_share_its_mtu() -> None:
     mtus = PathMtus()
-    mtus.use_path("peer", Hop(V4, None, 4), PEERS, 0.0)
-    mtus.use_path("other", Hop(V4, None, 0), PEERS, 0.0)
+    mtus.use_path("peer", Hop(V4, None, 4), 0.0)
+    mtus.use_path("other", Hop(V4, None, 0), 0.0)
     mtus.set_mtu(V4, 1124, 0.0)
     assert mtus.limits == {"peer": 1060, "other": 1064}
+    mtus.forget("peer")
+    assert mtus.limits == {"other": 1064}
+    mtus.use_path("peer", Hop(V4, None, 0), 1.0)
+    assert mtus.limits == {"peer": 1064, "other": 1064}  # the other one kept it known
+
+
+def test_another_way_to_the_same_address_changes_the_limit_alone() -> None:
+    mtus = reached(Hop(V4, None, 0), 1124)
+    before = mtus.limits
+    mtus.use_path("peer", Hop(V4, LOCAL, 0), 1.0)
+    assert mtus.limits is before  # others compare by identity
+    mtus.use_path("peer", Hop(V4, None, 4), 2.0)
+    assert mtus.limits == {"peer": 1060}
+    assert mtus.limits is not before
+    assert mtus.take_changes() == [("peer", 1064), ("peer", 1060)]
 
 
 def mss_of(packet: Packet) -> int:
