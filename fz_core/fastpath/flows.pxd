@@ -58,6 +58,7 @@ ctypedef struct FlowTable:
     uint32_t hand              # of the clock that finds room
     uint32_t swept             # where the sweep for lapsed ones is
     uint32_t count
+    uint32_t latest            # the last one that was found; trains ask for it again
     uint32_t generation
     uint64_t seed
     uint64_t evictions

@@ -44,9 +44,14 @@ cdef inline uint32_t bucket_of(FlowTable *table, const FlowKey *key) noexcept no
 
 # Heads hold index + 1, so that calloc makes them empty; chains hold the index or NONE.
 cdef uint32_t flows_find(FlowTable *table, const FlowKey *key) noexcept nogil:
-    cdef uint32_t index = table.heads[bucket_of(table, key)] - 1
+    cdef uint32_t index = table.latest
+    # An entry that is vacant has version 0 in its key, which no packet has.
+    if memcmp(&table.flows[index].key, key, sizeof(FlowKey)) == 0:
+        return index
+    index = table.heads[bucket_of(table, key)] - 1
     while index != NONE:
         if memcmp(&table.flows[index].key, key, sizeof(FlowKey)) == 0:
+            table.latest = index
             return index
         index = table.flows[index].next
     return NONE

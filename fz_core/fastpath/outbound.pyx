@@ -23,7 +23,7 @@ from fz_core.fastpath.ring cimport FROM_DEVICE, Record, ring_bar, ring_free, rin
 from fz_core.fastpath.split cimport SPLIT_OK, SplitPlan, plan_split
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_LEN, CMSG_SPACE, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_TCLASS, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_get, iovec, msghdr, sendmsg,
+    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_fence, fz_get, iovec, msghdr, sendmsg,
 )
 from fz_core.fastpath.virtio cimport (
     VNET_GSO_NONE, VNET_HEADER, VNET_NEEDS_CSUM, VnetHeader, read_vnet,
@@ -111,8 +111,10 @@ cdef void read_backlog(Outbound *out, double now) noexcept nogil:
             slot.memory = <uint8_t *>malloc(HEADROOM + READ_SIZE)
             if slot.memory == NULL:
                 return
+        fz_fence(slot.memory + HEADROOM, READ_SIZE, READ_SIZE)
         size = read(out.tun, slot.memory + HEADROOM, READ_SIZE)
         if size > VNET_HEADER:
+            fz_fence(slot.memory + HEADROOM, <size_t>size, READ_SIZE)
             out.reads += 1
             slot.size = <int>size
             slot.flow = flow_of(out, slot.memory + HEADROOM, size)

@@ -120,6 +120,15 @@ cdef extern from *:
     #define fz_get(at) __atomic_load_n(at, __ATOMIC_ACQUIRE)
     #define fz_set(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
     #define fz_add(at, value) __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL)
+    #ifdef __SANITIZE_ADDRESS__
+    #include <sanitizer/asan_interface.h>
+    static inline void fz_fence(const void *start, size_t used, size_t room) {
+        ASAN_UNPOISON_MEMORY_REGION(start, used);
+        ASAN_POISON_MEMORY_REGION((const char *)start + used, room - used);
+    }
+    #else
+    #define fz_fence(start, used, room) ((void)0)
+    #endif
     #define FZ_LIKELY(x) __builtin_expect(!!(x), 1)
     """
     # Seconds on the clock of the drivers (CLOCK_BOOTTIME), from the vDSO.
@@ -127,6 +136,8 @@ cdef extern from *:
     # The same by the wall clock, and what is in a struct timespec of it.
     double fz_wall() noexcept nogil
     double fz_timespec(const void *data) noexcept nogil
+    # Under AddressSanitizer only the first `used` of `room` bytes may be touched from here on.
+    void fz_fence(const void *start, size_t used, size_t room) noexcept nogil
     void fz_pause(long nanoseconds) noexcept nogil
     void fz_signal(int fd) noexcept nogil
     void fz_unsignal(int fd) noexcept nogil
