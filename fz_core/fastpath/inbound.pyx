@@ -24,7 +24,7 @@ from fz_core.fastpath.ring cimport (
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IP_PKTINFO, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IPV6_TCLASS,
     MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, RELAY_PORT, SO_TIMESTAMPNS, SOL_SOCKET, SOL_UDP,
-    UDP_GRO, cmsghdr, fz_get, fz_timespec, fz_wall, htons, in6_pktinfo,
+    UDP_GRO, cmsghdr, fz_fence, fz_get, fz_timespec, fz_wall, htons, in6_pktinfo,
     in_pktinfo, iovec, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, writev,
 )
 from fz_core.fastpath.virtio cimport (
@@ -120,6 +120,7 @@ cdef void prepare(Inbound *inb, int most) noexcept nogil:
     for i in range(most):
         inb.vectors[i].iov_base = inb.buffers + <Py_ssize_t>i * BUFFER_SIZE + HEADROOM
         inb.vectors[i].iov_len = BUFFER_SIZE - HEADROOM
+        fz_fence(inb.vectors[i].iov_base, BUFFER_SIZE - HEADROOM, BUFFER_SIZE - HEADROOM)
         header = &inb.messages[i].msg_hdr
         header.msg_name = &inb.names[i]
         header.msg_namelen = sizeof(sockaddr_in6)
@@ -140,7 +141,7 @@ cdef void take_message(Inbound *inb, int i, int family, double now) noexcept nog
     cdef int size = <int>inb.messages[i].msg_len
     cdef Arrival arrival
     cdef double delay
-    cdef int at = 0
+    cdef int at = 0, part
     if size == 0:
         return
     memset(&arrival, 0, sizeof(Arrival))
@@ -161,9 +162,11 @@ cdef void take_message(Inbound *inb, int i, int family, double now) noexcept nog
         if codel_signals(&inb.codel, delay if 0 < delay < 1 else 0, now):
             inb.owes_signal = True
     while at < size:
+        part = min(arrival.stride, size - at)
+        fz_fence(data, <size_t>(at + part), BUFFER_SIZE - HEADROOM)
         inb.datagrams += 1
-        take_datagram(inb, data + at, min(arrival.stride, size - at), &arrival, now)
-        at += arrival.stride
+        take_datagram(inb, data + at, part, &arrival, now)
+        at += part
 
 
 cdef void read_name(msghdr *header, int family, Arrival *arrival) noexcept nogil:
