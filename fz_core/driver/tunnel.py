@@ -497,7 +497,7 @@ async def _follow_link_scopes(interface: Interface) -> None:
 
 
 def _open_interface(device: str) -> Interface:
-    """In a thread while the portal is called: importing pyroute2 takes 0.1 s."""
+    """In a thread while the portal is called: importing pyroute2 takes a while."""
     from fz_core.linux.netlink import Interface
 
     interface = Interface(device)

@@ -11,7 +11,7 @@ import errno
 import socket
 from typing import Any, NamedTuple
 
-from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+from fz_core.linux.iproute import NetlinkError
 
 LINK_SCOPE_TABLE = 0x2021FD01
 TABLE_MAIN, SCOPE_UNIVERSE, SCOPE_LINK, UNICAST = 254, 0, 253, 1

@@ -2,7 +2,7 @@
 
 Marked sockets skip the three tables; resource routes beat the LAN, and the LAN beats the internet
 resource. Nothing is undone at exit: the routes go with the device, and empty tables do nothing.
-Importing pyroute2 takes 0.1 s, so that this module is imported in a thread (`driver/tunnel.py`).
+Importing pyroute2 takes a while, so that this module is imported in a thread (`driver/tunnel.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
-from pyroute2 import IPRoute  # type: ignore[import-untyped]
-from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
-
 from fz_core.linux.errors import HostError
+from fz_core.linux.iproute import IPRoute, NetlinkError
 from fz_core.linux.link_scope import LINK_SCOPE_TABLE, copy_link_scope_routes
 from fz_core.linux.marks import MARK
 

@@ -83,3 +83,12 @@ def imported_by(code: str) -> set[str]:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return set(run.stdout.split())
+
+
+def test_pyroute2_is_whole_for_others() -> None:
+    """We import a part of it; a program beside us gets all, of the same classes."""
+    code = (
+        "import sys; from fz_core.linux.iproute import IPRoute; assert 'sqlite3' not in sys.modules;"
+        "import pyroute2; assert pyroute2.NDB; assert pyroute2.IPRoute is IPRoute"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
