@@ -286,6 +286,7 @@ class PeerTunnel(TunnelRole):
         if message.resource is not None:
             expires_at = self._clock.monotonic(message.expires_at, now)
             peer.access.grant(message.resource.resource_id, message.resource.filters, expires_at)
+            self._peers.note_grants(peer)
             self._events.append(AccessGranted(peer.id, message.resource.resource_id, message.expires_at))
             self.flows.learn(peer.id, message.resource.resource_id, message.ingest_token, opened_by_peer=True)
         self._await_connection(peer.id)
@@ -319,6 +320,7 @@ class PeerTunnel(TunnelRole):
         for entry in listed:
             expiries.setdefault(entry.client_id, {})[entry.resource_id] = self._clock.monotonic(entry.expires_at, now)
         for peer in self._peers:
+            self._peers.note_grants(peer)
             for resource_id in peer.access.resync(expiries.get(peer.id, {})):
                 self._events.append(AccessEnded(peer.id, resource_id, "not listed by the portal"))
             self._dismiss_if_unused(peer.id)
@@ -326,6 +328,7 @@ class PeerTunnel(TunnelRole):
     def _end_grant(self, client_id: str, resource_id: str, reason: str) -> None:
         peer = self._peers.get(client_id)
         if peer is not None and peer.access.revoke(resource_id):
+            self._peers.note_grants(peer)
             self._void_peer(client_id)
             self._events.append(AccessEnded(client_id, resource_id, reason))
             self._dismiss_if_unused(client_id)

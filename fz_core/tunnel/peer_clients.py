@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 
+from fz_core.node.deadlines import Deadlines
 from fz_core.tunnel.conntrack import ConnTrack
 from fz_core.tunnel.peer_access import PeerAccess
 from fz_core.tunnel.status import DeviceView
@@ -29,12 +30,17 @@ class PeerClient:
 
 
 class PeerClients:
-    """Peers by id and by address. Verdicts that stood on one of their flows go to `revoked`."""
+    """Peers by id and by address. Verdicts that stood on one of their flows go to `revoked`.
+
+    Whoever changes the grants of a peer says so with `note_grants`.
+    """
 
     def __init__(self, revoked: list[Verdict] | None = None) -> None:
         self._revoked = revoked
         self._by_id: dict[str, PeerClient] = {}
         self._by_ip: dict[bytes, PeerClient] = {}
+        self._expiries: Deadlines[PeerClient] = Deadlines(lambda peer: peer.access.next_expiry())
+        self.note_grants = self._expiries.note
 
     def __iter__(self) -> Iterator[PeerClient]:
         return iter(list(self._by_id.values()))
@@ -53,6 +59,7 @@ class PeerClients:
         if peer is None or peer.addresses != ips:
             self.forget(client_id)
             peer = self._by_id[client_id] = PeerClient(client_id, name, ips, self._revoked)
+            self._expiries.add(peer)
             for ip in peer.ips:
                 self._by_ip[ip] = peer
         peer.name = name
@@ -63,6 +70,7 @@ class PeerClients:
         peer = self._by_id.pop(client_id, None)
         if peer is None:
             return False
+        self._expiries.remove(peer)
         for ip in peer.ips:
             if self._by_ip.get(ip) is peer:
                 del self._by_ip[ip]
@@ -76,13 +84,11 @@ class PeerClients:
 
     def expire(self, now: float) -> list[tuple[str, str]]:
         """End grants and flows whose time has come; the grants as (client, resource)."""
-        ended = []
         for peer in self._by_id.values():
             peer.flows.handle_timeout(now)
-            ended += [(peer.id, resource_id) for resource_id in peer.access.expire(now)]
-        return ended
+        due = self._expiries.take(now)
+        return [(peer.id, resource_id) for peer in due for resource_id in peer.access.expire(now)]
 
     def next_expiry(self) -> float | None:
         """The earliest end of a grant."""
-        due = (peer.access.next_expiry() for peer in self._by_id.values())
-        return min((d for d in due if d is not None), default=None)
+        return self._expiries.poll_timeout()
