@@ -78,8 +78,8 @@ class Far:
 class Rig:
     """`tunnels.a` is ours, `tunnels.b` the peer's."""
 
-    def __init__(self, *, threads: int = 1, merges: bool = True, has_gso: bool = True) -> None:
-        self.tunnels = Pair(handshake_on_data=True).connect()
+    def __init__(self, *, start: float = 1000.0, threads: int = 1, merges: bool = True, has_gso: bool = True) -> None:
+        self.tunnels = Pair(start, handshake_on_data=True).connect()
         confirm(self.tunnels)
         self.device, self._tun = device_pair()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
