@@ -26,7 +26,8 @@ from fz_core.ice import (
 )
 from fz_core.node.path_agent import PathAgent
 from fz_core.node.path_events import AllPathsSilent
-from fz_core.node.transport import Carried, Unheard
+from fz_core.node.path_watch import SLOW_FIRST, PathWatch
+from fz_core.node.transport import Carried
 from fz_core.packet import Address, DropReason
 from fz_core.stun import Message
 from fz_core.wireguard import Expired, RateLimiter, SessionEstablished, Tunnel
@@ -50,22 +51,11 @@ HANDSHAKE_THROTTLE = 20.0
 MAX_IDLE = 20.0
 SILENCE = 3.0
 SIGNAL_INTERVAL = 2.0
-# Data without any answer for so long is a reason to check the path, which a live peer answers at once.
-UNANSWERED = 0.5
-# From a silent path to telling the peer, then again after ever longer gaps, and how long our end is taken back.
-STILL_SILENT_FIRST, STILL_SILENT_NEXT, STILL_SILENT_MOST = 0.5, 4.0, 60.0
+# How long our end is taken back when a peer is told of it anew.
 TAKEN_BACK = 0.1
 MAX_RETELLINGS = 50
 MAX_FORMER = 8
 CHANGED_LATELY = 30.0
-# A peer whose answer to a handshake does not come within this, over a path that answers checks, will not let go.
-STUCK = 3.0
-# So long may data go unanswered on a path that answers checks before the peer has to prove, by a handshake, that it
-# sends to where we are; a stream in one direction has it do so this often at most.
-MUTE = 3.0
-PROOF_INTERVAL = 10.0
-# A connection in the making that has no path by then is worth asking the portal again, which tells the peer again.
-SLOW_FIRST = 2.5
 BUFFERED_DATAGRAMS = 128
 
 
@@ -172,7 +162,7 @@ class Connection:
             rate_limiter=rate_limiter,
         )
         self.established = False
-        self.heard_at = now  # data, not handshakes: those may come in while answers go nowhere
+        self.watch = PathWatch(now, slow_at=now + SLOW_FIRST if parameters.controlling else None)
         self.failure: str | None = None
         self.path_changed = False
         self._held: deque[bytes] = deque(maxlen=BUFFERED_DATAGRAMS)
@@ -185,24 +175,12 @@ class Connection:
         self.received_on: tuple[Address, Address] | None = None  # (local, remote) the last data came on
         self.published: tuple[object, ...] = ()  # what the node last told of, in `_publish`
         self._carried = Carried(None, None, None)
-        self._unheard = Unheard()
-        self.is_silenced = False
-        self.has_lasting_silence = False
         self.retellings = 0
         self.is_retelling_due = False
         self._former: dict[Address, Candidate] = {}  # not ours any more, but a peer may hold on to them
         self._changed_at: float | None = None
         self._retelling: deque[Retelling] = deque()
-        self._silent_at = now
-        self._silent_gap = STILL_SILENT_NEXT
-        self._still_silent_at: float | None = None
         self._retell_at: float | None = None
-        self._mute = Unheard()  # as `_unheard`, but checks do not count
-        self._proof_asked_at = now - PROOF_INTERVAL
-        self.is_stuck = False
-        self._stuck_at: float | None = None
-        self.is_slow = False
-        self._slow_at: float | None = now + SLOW_FIRST if parameters.controlling else None
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> None:
         """Take a candidate of the peer."""
@@ -308,52 +286,10 @@ class Connection:
         if self.state is State.CONNECTED and now >= self._last_activity + MAX_IDLE and self._is_negotiated:
             self.state = State.IDLE
             self.agent.set_profile(self._profiles.idle, now)
-        self._watch_path(now)
-
-    def _watch_path(self, now: float) -> None:
-        unheard_since = self._unheard.since
-        if unheard_since is not None and now >= unheard_since + UNANSWERED:
-            assert isinstance(self.agent, Agent)
-            if self.agent.answered_at < unheard_since:
-                self.agent.check_selected(now)
-            self._unheard.clear(now)
-        if self._still_silent_at is not None and now >= self._still_silent_at:
-            self._still_silent_at = None
-            if self.heard_at <= self._silent_at and self.state is not State.IDLE:
-                self.has_lasting_silence = True
-                self._ask_for_proof(now)
-                self._still_silent_at = now + self._silent_gap
-                self._silent_gap = min(self._silent_gap * 2, STILL_SILENT_MOST)
-        mute_at = self._mute_at
-        if mute_at is not None and now >= mute_at:
-            self._silent_at = now
-            self._mute.clear(now)
-            self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STUCK / 2
-            self._ask_for_proof(now)
-        if self._stuck_at is not None and now >= self._stuck_at:
-            self._stuck_at = None
-            self.is_stuck = self.heard_at <= self._silent_at and self.agent.has_live_path
-        if self._slow_at is not None and now >= self._slow_at:
-            self.is_slow = self.path is None
-            self._slow_at = now + SLOW_FIRST if self.is_slow else None
+        self.watch.handle_timeout(self, now)
         if self._retell_at is not None and now >= self._retell_at:
             self._retell_at = now + TAKEN_BACK if len(self._retelling) > 1 else None
             self.is_retelling_due = True
-
-    @property
-    def _mute_at(self) -> float | None:
-        """When the peer will have answered no data for too long."""
-        if self._mute.since is None or not self.parameters.controlling or not self._handshaken:
-            return None
-        return max(self._mute.since + MUTE, self._proof_asked_at + PROOF_INTERVAL)
-
-    def _ask_for_proof(self, now: float) -> None:
-        """The answer to a handshake takes the path that the peer believes in."""
-        if self.parameters.controlling and self.agent.has_live_path:
-            self._proof_asked_at = now
-            self.tunnel.start_handshake(now)
-            if self._stuck_at is None:
-                self._stuck_at = now + STUCK
 
     def deadline(self) -> float | None:
         """When `handle_timeout` is next due. Whoever calls anything that changes this connection asks again."""
@@ -363,11 +299,7 @@ class Connection:
             self._candidates_due_at,
             None if self._disconnected_at is None else self._disconnected_at + DISCONNECT_TIMEOUT,
             self._last_activity + MAX_IDLE if self.state is State.CONNECTED and self._is_negotiated else None,
-            None if self._unheard.since is None else self._unheard.since + UNANSWERED,
-            self._still_silent_at,
-            self._slow_at,
-            self._mute_at,
-            self._stuck_at,
+            self.watch.poll_timeout(self),
             self._retell_at,
         ]
         return min((d for d in due if d is not None), default=None)
@@ -386,9 +318,7 @@ class Connection:
 
     def note_sent(self, now: float) -> bool:
         """An IP packet leaves; whether the agent wants its turn."""
-        if self._unheard.since is None:
-            self._unheard.note_sent(now)
-            self._mute.note_sent(now)
+        self.watch.note_sent(now)
         return False
 
     def take_data(self, local: Address, remote: Address, packet: bytes, now: float) -> bool:
@@ -419,15 +349,10 @@ class Connection:
         return is_late
 
     def _note_heard(self, local: Address, remote: Address, at: float) -> None:
-        self.heard_at = max(self.heard_at, at)
-        self._unheard.clear(at)
-        self._mute.clear(at)
+        self.watch.note_answered(at)
 
     def _note_carried_sent(self, first: float | None, last: float) -> bool:
-        is_first = self._unheard.since is None
-        self._unheard.note_carried(first, last)
-        if is_first or self._mute.since is not None:
-            self._mute.note_carried(first, last)
+        self.watch.note_carried(first, last)
         return False
 
     def settle(self, now: float) -> None:
@@ -438,15 +363,14 @@ class Connection:
             elif isinstance(event, StateChanged):
                 self._disconnected_at = now if event.state is IceState.DISCONNECTED else None
             elif isinstance(event, PathSilent):
-                self.is_silenced, self._silent_at = True, now
-                self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STILL_SILENT_FIRST
+                self.watch.note_path_silent(now)
             elif isinstance(event, AllPathsSilent):
-                self.is_silenced = True
+                self.watch.is_silenced = True
         while (happened := self.tunnel.poll_event()) is not None:
             if isinstance(happened, SessionEstablished):
                 self._handshaken = True
                 if self.parameters.controlling:
-                    self.heard_at = now  # our init arrived, and the answer came back
+                    self.watch.note_heard(now)  # our init arrived, and the answer came back
             elif isinstance(happened, Expired):
                 self.fail("the WireGuard handshake was not answered")
 
@@ -463,7 +387,7 @@ class Connection:
     def is_silent(self, now: float) -> bool:
         """Whether nothing has come back on the chosen path for longer than a live and busy peer takes."""
         assert isinstance(self.agent, Agent)
-        heard_at = max(self.heard_at, self.agent.heard_at)
+        heard_at = max(self.watch.heard_at, self.agent.heard_at)
         return self.path is not None and (now - heard_at > SILENCE or not self.agent.has_live_path)
 
     def restart_ice(self, now: float) -> None:
@@ -514,3 +438,38 @@ class Connection:
         """Give up; the node removes the connection at its next turn."""
         self.state = State.FAILED
         self.failure = self.failure or reason
+
+    # what the watch over the path asks
+
+    @property
+    def has_path(self) -> bool:
+        """Whether data has a way to go."""
+        return self.path is not None
+
+    @property
+    def has_live_path(self) -> bool:
+        """Whether any path gives answers."""
+        return self.agent.has_live_path
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether no packets flow."""
+        return self.state is State.IDLE
+
+    @property
+    def may_be_mute(self) -> bool:
+        """Whether data without answer calls for a proof: ours to ask for, once there was a handshake."""
+        return self.parameters.controlling and self._handshaken
+
+    def check_path(self, unheard_since: float, now: float) -> None:
+        """Check the path in use, unless a check was answered since."""
+        assert isinstance(self.agent, Agent)
+        if self.agent.answered_at < unheard_since:
+            self.agent.check_selected(now)
+
+    def ask_for_proof(self, now: float) -> bool:
+        """Have the peer answer a handshake; whether it is ours to ask."""
+        if not self.parameters.controlling or not self.agent.has_live_path:
+            return False
+        self.tunnel.start_handshake(now)
+        return True

@@ -44,8 +44,9 @@ class IcelessConnection(Connection):
         """Whether the path in use gives no answers."""
         return self.path is not None and not self.agent.has_live_path
 
-    def _ask_for_proof(self, now: float) -> None:
+    def ask_for_proof(self, now: float) -> bool:
         """Not needed: a peer looks for another path whenever a candidate is announced again."""
+        return False
 
     def restart_ice(self, now: float) -> None:
         """The peer asked again and was not heard lately: measure all paths anew."""
@@ -116,7 +117,7 @@ class IcelessConnection(Connection):
         return super().take_data(local, remote, packet, now)
 
     def _note_heard(self, local: Address, remote: Address, at: float) -> None:
-        self.heard_at = max(self.heard_at, at)
+        self.watch.note_heard(at)
         self.agent.note_data_received(local, remote, at)
 
     def _note_carried_sent(self, first: float | None, last: float) -> bool:

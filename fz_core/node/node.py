@@ -484,17 +484,18 @@ class Node(RelayingNode):
             self._events.append(
                 PathChanged(connection.peer_id, str(path.local), str(path.remote), path.via_relay or path.to_relay)
             )
-        if connection.is_silenced:
-            connection.is_silenced = False
+        watch = connection.watch
+        if watch.is_silenced:
+            watch.is_silenced = False
             self._handle_silence(connection, now)
-        if connection.has_lasting_silence:
-            connection.has_lasting_silence = False
+        if watch.has_lasting_silence:
+            watch.has_lasting_silence = False
             self._handle_lasting_silence(connection, now)
-        if connection.is_stuck:
-            connection.is_stuck = False
+        if watch.is_stuck:
+            watch.is_stuck = False
             self._events.append(PeerStuck(connection.peer_id))
-        if connection.is_slow:
-            connection.is_slow = False
+        if watch.is_slow:
+            watch.is_slow = False
             self._events.append(PeerLost(connection.peer_id))
         told = connection.take_retelling()
         if told is not None:

@@ -394,7 +394,7 @@ def test_a_probe_is_answered_and_is_no_data() -> None:
     scene.node.take_changed()
     hop = scene.transport.receive
     assert hop is not None
-    heard_at = scene.connection.heard_at
+    heard_at = scene.connection.watch.heard_at
     ends = scene.node.ends_of(hop)
     assert ends is not None
     probe = build_probe(True, 77, 1)
@@ -403,7 +403,7 @@ def test_a_probe_is_answered_and_is_no_data() -> None:
     assert reply is not None
     assert reply.remote == ELSEWHERE
     assert scene.transport.receive == hop
-    assert scene.connection.heard_at == heard_at
+    assert scene.connection.watch.heard_at == heard_at
     assert scene.node.take_changed() == set()
 
 
@@ -413,7 +413,7 @@ def test_a_keep_alive_is_heard_and_no_activity() -> None:
     path = scene.connection.path
     assert path is not None
     assert scene.node.handle_opened(scene.peer_id, path.local, path.remote, b"", scene.now) is None
-    assert scene.connection.heard_at == scene.now
+    assert scene.connection.watch.heard_at == scene.now
     assert scene.connection._last_activity == before
 
 
@@ -491,7 +491,7 @@ def test_an_initiation_between_reports_does_not_hide_silence() -> None:
     """Handshakes are heard, and yet data that nothing follows makes the path be checked."""
     scene = direct()
     sent_at = scene.now
-    scene.connection.heard_at = sent_at + 0.05  # by a handshake
+    scene.connection.watch.heard_at = sent_at + 0.05  # by a handshake
     scene.node.note_traffic(scene.peer_id, Carried(sent_at, None, sent_at), sent_at + 0.1)
     deadline = scene.connection.deadline()
     assert deadline is not None

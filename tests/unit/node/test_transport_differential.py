@@ -58,7 +58,7 @@ def state_of(node: Node) -> dict[str, Any]:
     for peer_id, c in node._connections.by_peer.items():
         health = vars(c.agent._health) if c.is_iceless else {}  # type: ignore[union-attr]
         times = (c.tunnel.last_rx_at, c.tunnel.last_tx_at, c.tunnel.poll_timeout(), c.deadline())
-        silence = (c.heard_at, c._last_activity, c._unheard.since, c._mute.since)
+        silence = (c.watch.heard_at, c._last_activity, c.watch.unheard.since, c.watch.mute.since)
         found[peer_id] = (c.state, c.path, c.received_on, times, silence, health)
     return found
 
