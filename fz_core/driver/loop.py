@@ -236,7 +236,7 @@ class Loop:
     def _read_tun(self, errors: list[Exception], now: float) -> None:
         handle = self._state.handle_tun_input
         for raw in self._tun.read_batch(TUN_BUDGET):
-            packets = split_super_packet(raw)
+            packets = split_super_packet(raw, self._state.drops)
             if isinstance(packets, DropReason):
                 self._state.drops.add(packets)
                 errors.append(PacketError(packets, "tun", None))

@@ -47,6 +47,7 @@ ctypedef struct Outbound:
     int first                  # batches before it are sent
     double stalled_at          # since when the socket takes nothing; 0: it does
     bint is_stalled
+    int stalled_on             # the family whose socket that is
     FlowTable flows
     PeerTable *peers
     Ring ring

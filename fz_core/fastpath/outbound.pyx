@@ -439,6 +439,7 @@ cdef bint outbound_flush(Outbound *out, double now) noexcept nogil:
         batch = &out.batches[out.first]
         peer = out.peers.peers[batch.peer]
         if batch.length and peer.is_used and not send_batch(out, batch, peer):
+            out.stalled_on = 0 if peer.is_ipv4 else 1
             if not out.is_stalled:
                 out.is_stalled, out.stalled_at = True, now
                 return False
@@ -455,6 +456,7 @@ cdef void outbound_forget(Outbound *out, uint32_t slot) noexcept nogil:
     cdef int i
     for i in range(out.first, out.open_count):
         if out.batches[i].peer == slot:
+            out.dropped += <uint64_t>((out.batches[i].length + out.batches[i].segment - 1) // out.batches[i].segment)
             out.batches[i].length = 0
             out.batches[i].is_closed = True
 

@@ -80,6 +80,7 @@ cdef class Pump:
     cdef int _kick
     cdef int _wake
     cdef bint _shows_stall             # whether the poll waits for room instead of packets
+    cdef int _shown_on                 # in the socket of this family
     cdef list _held                    # by slot: the tunnel and its sessions, whose memory the pump reads
     cdef readonly int threads
 
@@ -470,7 +471,7 @@ cdef int turn_out(Pump self, double now) noexcept nogil:
     pthread_mutex_lock(&self._locks[OUT])
     if not ring_is_barred(&self._out.ring, now):
         done = outbound_turn(&self._out, now)
-    if self._out.is_stalled != self._shows_stall:
+    if self._out.is_stalled != self._shows_stall or (self._shows_stall and self._out.stalled_on != self._shown_on):
         show_stall(self)
     publish(self, OUT, &self._out.ring)
     if self._out.device_failed:
@@ -510,11 +511,11 @@ cdef void show_stall(Pump self) noexcept nogil:
     """While a socket is full, wait for room in it instead of packets from the device."""
     cdef int family
     cdef uint32_t events
-    self._shows_stall = self._out.is_stalled
+    self._shows_stall, self._shown_on = self._out.is_stalled, self._out.stalled_on
     watch(self._polls[OUT], EPOLL_CTL_MOD, self._out.tun, 0 if self._shows_stall else EPOLLIN)
     for family in range(2):
         if self._in.sockets[family] >= 0 and self.threads == 1:
-            events = EPOLLIN | EPOLLOUT if self._shows_stall else EPOLLIN
+            events = EPOLLIN | EPOLLOUT if self._shows_stall and family == self._shown_on else EPOLLIN
             watch(self._polls[IN], EPOLL_CTL_MOD, self._in.sockets[family], events)
 
 
