@@ -280,8 +280,13 @@ class Loop:
         backlog, write = self._tun_backlog, self._tun.write
         while backlog and write(backlog[0]):
             backlog.popleft()
-            self._coalescer.enabled = self._tun.offloads
+            self._coalescer.enabled = self._may_merge
         self._update_interest()
+
+    @property
+    def _may_merge(self) -> bool:
+        """Whether the device takes merged packets, as far as anybody has found out."""
+        return self._tun.offloads and (self._carrier is None or not self._carrier.refused_merged)
 
     async def _flush_all(self) -> None:
         """Write everything; cancelled if that takes too long."""
