@@ -41,6 +41,7 @@ ctypedef struct Inbound:
     Run *runs
     int run_count
     uint32_t batch
+    bint was_full              # the last batch: there may be more
     bint is_bulky[2]           # whether the last messages of a socket were large
     double wall                # the wall clock, as the kernel stamps messages by it
     Codel codel

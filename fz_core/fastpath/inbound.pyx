@@ -100,6 +100,7 @@ cdef int inbound_turn(Inbound *inb, int family, double now) noexcept nogil:
     while count < 0 and errno == EINTR:
         count = recvmmsg(inb.sockets[family], inb.messages, <unsigned int>most, MSG_DONTWAIT, NULL)
     inb.calls += 1
+    inb.was_full = count == most
     if count < 0:
         if errno != EAGAIN:
             inb.errors += 1

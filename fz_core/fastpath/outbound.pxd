@@ -41,6 +41,7 @@ ctypedef struct Outbound:
     bint has_gso
     Slot backlog[BACKLOG]      # in the order they were read; the memory is made as it is needed
     int waiting
+    bint is_drained            # nothing waits, here or in the device
     Codel codel
     Batch batches[OPEN_BATCHES]
     int open_count

@@ -82,8 +82,10 @@ cdef int outbound_turn(Outbound *out, double now) noexcept nogil:
     cdef Py_ssize_t total = 0
     if out.is_stalled and not outbound_flush(out, now):
         return 0
+    out.is_drained = False
     while total < BYTES_PER_TURN and not out.is_stalled:
-        read_backlog(out, now)
+        if not out.is_drained:
+            read_backlog(out, now)
         if out.waiting == 0:
             break
         taken = choose(out)
@@ -93,6 +95,8 @@ cdef int outbound_turn(Outbound *out, double now) noexcept nogil:
         remove(out, taken)
         if done % READS_PER_LOOK == 0:
             now = time_of(out.peers)
+            out.is_drained = False  # something may have come meanwhile
+    out.is_drained = out.is_drained and out.waiting == 0
     if out.open_count:
         outbound_flush(out, now)
     return done
@@ -125,6 +129,7 @@ cdef void read_backlog(Outbound *out, double now) noexcept nogil:
             continue
         if size >= 0 or errno != EAGAIN:
             out.device_failed = True
+        out.is_drained = True
         return
 
 

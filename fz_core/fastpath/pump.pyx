@@ -46,6 +46,10 @@ import os
 cdef enum:
     OUT = 0
     IN = 1
+    FROM_TUN = 1
+    FROM_V4 = 2
+    FROM_V6 = 4
+    EVERYTHING = 7
     EVENTS = 4
     FEW = 16                   # reads and messages of a turn
     DENSE = 32                 # of a millisecond
@@ -54,8 +58,7 @@ cdef enum:
 # A pause costs a stream of single packets nothing, and a conversation, which never has so many, has none.
 cdef double DENSITY_TIME = 0.001
 cdef long LINGER = 30_000          # nanoseconds; the kernel makes 80,000 of it
-cdef long BARRED_PAUSE = 50_000    # nanoseconds
-cdef long POLITE_PAUSE = 20_000
+cdef long BARRED_PAUSE = 50_000, POLITE_PAUSE = 20_000
 
 
 @cython.final
@@ -75,7 +78,7 @@ cdef class Pump:
     cdef uint64_t _is_stopping         # atomic
     cdef uint64_t _tells_activity      # whether the driver wants to know of the next packet; atomic
     cdef uint64_t _taken[2]
-    cdef uint64_t _published[2]        # records the driver was told of
+    cdef uint64_t _published[2]        # records it was told of
     cdef int _polls[2]                 # the same one if a single thread serves both
     cdef int _kick
     cdef int _wake
@@ -135,25 +138,28 @@ cdef class Pump:
         cdef bint sends = half != IN
         cdef bint receives = half != OUT
         cdef Density density
-        cdef int done
+        cdef int done, ready = EVERYTHING
         memset(&density, 0, sizeof(Density))
         with nogil:
             while not fz_get(&self._is_stopping):
-                done = turn(self, sends, receives)
-                if done == 0:
-                    wait(self, sends, receives)
-                elif done < FEW and is_dense(&density, done, time_of(&self._peers)):
+                done = turn(self, sends, receives, &ready)
+                if ready:
+                    ready = EVERYTHING  # while one source is busy, all are asked
+                elif done and done < FEW and is_dense(&density, done, time_of(&self._peers)):
                     fz_pause(LINGER)
+                    ready = EVERYTHING
+                else:
+                    ready = wait(self, sends, receives)
 
     def step(self, double now=0.0):
         """One turn of both halves, in the caller's thread: for tests. How many reads and messages there were.
 
         `now` stands for the kernel's clock from here on, 0 for that itself.
         """
-        cdef int done
+        cdef int done, ready = EVERYTHING
         self._peers.clock = now
         with nogil:
-            done = turn(self, True, True)
+            done = turn(self, True, True, &ready)
         return done
 
     def stop(self):
@@ -231,7 +237,7 @@ cdef class Pump:
 
     def take_flows(self):
         """`(is_inbound, index, packets, payload bytes, last at)` of flows with traffic since the last call."""
-        cdef list notes = []
+        notes: list = []
         collect(self, OUT, &self._out.flows, notes)
         collect(self, IN, &self._in.flows, notes)
         return notes
@@ -438,39 +444,44 @@ cdef bint is_dense(Density *density, int done, double now) noexcept nogil:
     return density.was_dense
 
 
-cdef int turn(Pump self, bint sends, bint receives) noexcept nogil:
-    """Both halves once; 0 if there was nothing to do."""
-    cdef int done = 0
+cdef int turn(Pump self, bint sends, bint receives, int *ready) noexcept nogil:
+    """Every source that is ready, once, up to a budget; how much there was, and which sources may have more."""
+    cdef int done = 0, more = 0
     cdef double now = time_of(&self._peers)
-    if receives:
-        done += turn_in(self, now)
-    if sends:
-        done += turn_out(self, now)
+    if receives and ready[0] & (FROM_V4 | FROM_V6):
+        done += turn_in(self, ready[0], &more, now)
+    if sends and ready[0] & FROM_TUN:
+        done += turn_out(self, &more, now)
+    ready[0] = more
     if done and fz_get(&self._tells_activity):
         fz_set(&self._tells_activity, 0)
         fz_signal(self._wake)
     return done
 
 
-cdef int turn_in(Pump self, double now) noexcept nogil:
+cdef int turn_in(Pump self, int ready, int *more, double now) noexcept nogil:
     cdef int done = 0, family
     give_way(self, IN)
     pthread_mutex_lock(&self._locks[IN])
     if not ring_is_barred(&self._in.ring, now):
         for family in range(2):
-            if self._in.sockets[family] >= 0:
+            if self._in.sockets[family] >= 0 and ready & (FROM_V4 << family):
                 done += inbound_turn(&self._in, family, now)
+                if self._in.was_full:
+                    more[0] |= FROM_V4 << family
     publish(self, IN, &self._in.ring)
     pthread_mutex_unlock(&self._locks[IN])
     return done
 
 
-cdef int turn_out(Pump self, double now) noexcept nogil:
+cdef int turn_out(Pump self, int *more, double now) noexcept nogil:
     cdef int done = 0
     give_way(self, OUT)
     pthread_mutex_lock(&self._locks[OUT])
     if not ring_is_barred(&self._out.ring, now):
         done = outbound_turn(&self._out, now)
+        if not self._out.is_drained and not self._out.is_stalled:
+            more[0] |= FROM_TUN
     if self._out.is_stalled != self._shows_stall or (self._shows_stall and self._out.stalled_on != self._shown_on):
         show_stall(self)
     publish(self, OUT, &self._out.ring)
@@ -494,17 +505,27 @@ cdef inline void publish(Pump self, int half, Ring *ring) noexcept nogil:
         fz_signal(self._wake)
 
 
-cdef void wait(Pump self, bint sends, bint receives) noexcept nogil:
+cdef int wait(Pump self, bint sends, bint receives) noexcept nogil:
+    """Until something is ready; what."""
     cdef epoll_event events[EVENTS]
-    cdef int count, i
+    cdef int count, i, fd, ready = 0
     if (sends and self._out.ring.barrier) or (receives and self._in.ring.barrier):
         fz_pause(BARRED_PAUSE)
-        return
+        return EVERYTHING
     count = epoll_wait(
         self._polls[OUT if sends else IN], events, EVENTS, STALL_POLL_MS if sends and self._shows_stall else -1)
     for i in range(count):
-        if events[i].data.u32 == <uint32_t>self._kick and not fz_get(&self._is_stopping):
+        fd = <int>events[i].data.u32
+        if fd == self._out.tun:
+            ready |= FROM_TUN
+        elif fd == self._in.sockets[0]:
+            ready |= FROM_V4
+        elif fd == self._in.sockets[1]:
+            ready |= FROM_V6
+        elif not fz_get(&self._is_stopping):
             fz_unsignal(self._kick)
+            return EVERYTHING
+    return EVERYTHING if self._shows_stall else ready
 
 
 cdef void show_stall(Pump self) noexcept nogil:
