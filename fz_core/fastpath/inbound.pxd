@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from fz_core.fastpath.codel cimport Codel
-from fz_core.fastpath.flows cimport Flow, FlowTable
+from fz_core.fastpath.flows cimport FlowTable
 from fz_core.fastpath.peers cimport PeerTable
 from fz_core.fastpath.ring cimport Ring
 from fz_core.fastpath.system cimport iovec, mmsghdr, sockaddr_in6

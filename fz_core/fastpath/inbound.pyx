@@ -31,7 +31,7 @@ from fz_core.fastpath.virtio cimport (
     VNET_GSO_TCPV4, VNET_GSO_TCPV6, VNET_GSO_UDP_L4, VNET_HEADER, VNET_NEEDS_CSUM, VnetHeader, write_vnet,
 )
 from fz_core.packet.checksum cimport (
-    add_bytes, adjust, finish, fold, get16, get32, load, pseudo_sum, put16, store,
+    add_bytes, finish, fold, get16, get32, load, pseudo_sum, put16, store,
 )
 from fz_core.packet.layout cimport MAX_PACKET, PARSE_OK, PROTO_TCP, PROTO_UDP, Layout, parse_layout
 from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD, MESSAGE_DATA

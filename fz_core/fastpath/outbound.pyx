@@ -31,8 +31,8 @@ from fz_core.fastpath.virtio cimport (
 from fz_core.packet.checksum cimport (
     add_bytes, finish, finish_udp, get16, get32, load, pseudo_sum, put16, put32, store,
 )
-from fz_core.packet.layout cimport MAX_PACKET, PARSE_OK, PROTO_TCP, PROTO_UDP, Layout, parse_layout
-from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD
+from fz_core.packet.layout cimport PARSE_OK, PROTO_TCP, PROTO_UDP, Layout, parse_layout
+from fz_core.wireguard.protocol cimport DATA_OVERHEAD
 from fz_core.wireguard.session cimport session_seal_with
 from fz_core.wireguard.timers cimport traffic_sent
 

@@ -1,7 +1,7 @@
 # Peers as the pump sees them: the sessions of each, and the way its datagrams take.
 
 from libc.math cimport INFINITY
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from fz_core.crypto.cipher cimport AeadKey
 from fz_core.fastpath.system cimport fz_now, sockaddr_in6

@@ -1,6 +1,6 @@
 # A packet as its flow wants it: other addresses, other ports, maybe the other IP family.
 
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdint cimport uint8_t
 
 from fz_core.fastpath.flows cimport Flow, FlowKey
 from fz_core.packet.layout cimport Layout

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memset
 
 from fz_core.fastpath.flows cimport Flow, FlowKey
 from fz_core.fastpath.system cimport htons
-from fz_core.packet.checksum cimport add_bytes, adjust, finish, get16, load, put16, store
+from fz_core.packet.checksum cimport add_bytes, adjust, finish, load, put16, store
 from fz_core.packet.layout cimport PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, Layout
 
 cdef enum:

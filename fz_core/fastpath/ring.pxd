@@ -1,6 +1,6 @@
 # What the pump hands to the driver: records in one of two buffers, which change places.
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from fz_core.fastpath.peers cimport Endpoint
 from fz_core.fastpath.system cimport fz_get

@@ -1,6 +1,6 @@
 # What pump and relay need of libc and the kernel: nothing here touches Python, everything runs without the GIL.
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "arpa/inet.h" nogil:
     uint16_t htons(uint16_t)

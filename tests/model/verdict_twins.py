@@ -14,10 +14,11 @@ from typing import Any
 
 from fz_core.node import events as node_events
 from fz_core.node.connection import Path
-from fz_core.packet import Address, DropReason, Packet, Transmit, to_family, verify_checksums
+from fz_core.packet import Address, DropReason, Packet, Transmit, verify_checksums
 from fz_core.tunnel import TunnelRole
 from fz_core.tunnel.flow_record import FlowRecord
 from fz_core.tunnel.verdict import FlowKey, Verdict
+from tests.unit.fastpath.pump_rig import rewritten
 
 LOCAL, REMOTE = Address.parse("192.0.2.1:52625"), Address.parse("198.51.100.7:52625")
 V6_GROWTH, MAX_PACKET = 20, 1280
@@ -325,16 +326,8 @@ def kind_of(verdict: Verdict) -> str:
 
 def carried_as(verdict: Verdict, packet: Packet) -> Packet:
     """What a flow table makes of a packet."""
-    after, carried = verdict.after, packet.copy()
-    if after.version != packet.version:
-        moved = to_family(carried, after.src, after.dst)
-        assert isinstance(moved, Packet)
-        carried = moved
-    carried.set_src(after.src)
-    carried.set_dst(after.dst)
-    carried.set_src_port(after.src_port)
-    carried.set_dst_port(after.dst_port)
-    assert FlowKey.of(carried) == after
+    carried = rewritten(packet, verdict.after)
+    assert FlowKey.of(carried) == verdict.after
     return carried
 
 
