@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from fz_core.fastpath import Pump, split_super_packet
-from fz_core.linux import TunDevice, TunError, UdpSocket, switches
+from fz_core.linux import HostError, TunDevice, TunError, UdpSocket, switches
 from fz_core.node import Carried, Transport
 from fz_core.packet import Address, DropReason
 from fz_core.tunnel import PacketError, TunnelRole
@@ -27,6 +27,7 @@ from fz_core.tunnel.path_mtu import MAX_PACKET
 from fz_core.tunnel.verdict import FlowKey, Verdict
 
 THREADS_VARIABLE = "FZ_FASTPATH_THREADS"
+CORES_FOR_TWO = 4
 # How often a busy pump is asked what it carried: for connections, and for flows.
 PEER_INTERVAL, FLOW_INTERVAL = 0.1, 1.0
 SWEPT_PER_INTERVAL = 4096
@@ -38,10 +39,16 @@ Record = tuple[int, int | None, Ending | None, Ending | None, int, bytes]
 
 
 def wanted_threads() -> int:
-    """Threads of the pump: one, two by `FZ_FASTPATH_THREADS`, none by `FZ_FASTPATH=off`."""
+    """Threads of the pump: as many as `FZ_FASTPATH_THREADS` says, none with `FZ_FASTPATH=off`. HostError for others.
+
+    Unless told, one for each direction where each finds a core of its own beside those of senders and receivers.
+    """
     if not switches.is_on(switches.FASTPATH):
         return 0
-    return 2 if os.environ.get(THREADS_VARIABLE, "").strip() == "2" else 1
+    wanted = os.environ.get(THREADS_VARIABLE, "").strip()
+    if wanted not in ("", "1", "2"):
+        raise HostError(f"{THREADS_VARIABLE} is {wanted!r}: use 1 or 2, or unset it")
+    return int(wanted) if wanted else 2 if len(os.sched_getaffinity(0)) >= CORES_FOR_TWO else 1
 
 
 class Carrier:
