@@ -25,9 +25,9 @@ from fz_core.crypto import PrivateKey, cipher_error, cipher_name
 from fz_core.driver import clock
 from fz_core.driver.carrier import wanted_threads
 from fz_core.driver.config import ConfigError, Role, Start, TunnelConfig, TunnelFailed
-from fz_core.driver.flow_log import log_record
-from fz_core.driver.flow_spool import FlowSpool
-from fz_core.driver.flow_upload import FlowUploader
+from fz_core.driver.flow_logs.lines import log_record
+from fz_core.driver.flow_logs.spool import FlowSpool
+from fz_core.driver.flow_logs.upload import FlowUploader
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
 from fz_core.driver.roaming import FORGOTTEN_AFTER, RESETS, Change, RouteWatch, follow_routes

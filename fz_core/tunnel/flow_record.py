@@ -1,6 +1,6 @@
 """What a flow log says: one record when a flow starts, one when it ends (`spec/tunnel.md` §19).
 
-Not here: when flows start and end (`flows`), and where records go (`driver/flow_log`, `driver/flow_spool`).
+Not here: when flows start and end (`flows`), and where records go (`driver/flow_logs/lines`, `driver/flow_logs/spool`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fz_core.driver import flow_log, logs
+from fz_core.driver import logs
+from fz_core.driver.flow_logs import lines
 from fz_core.packet import Address
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, Outer, OuterPath, RecordKind
 from tests.unit.tunnel.flow_samples import token_text
@@ -58,8 +59,8 @@ def a_record(kind: RecordKind = RecordKind.END, **claims: Any) -> FlowRecord:
 
 def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", flow_logs=True)
-    flow_log.log_record(a_record(RecordKind.START, resource_name="web"))
-    flow_log.log_record(a_record(resource_name="web"))
+    lines.log_record(a_record(RecordKind.START, resource_name="web"))
+    lines.log_record(a_record(resource_name="web"))
     started, completed = capsys.readouterr().out.splitlines()
     assert re.match(r"\S+Z TRACE flow_logs: TCP flow started protocol=tcp role=initiator initiator_device_id=", started)
     assert " flow_end=" not in started
@@ -82,9 +83,9 @@ def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_order_of_fields(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("", as_json=True, flow_logs=True)
-    flow_log.log_record(a_record(RecordKind.START, **OPTIONAL))
-    flow_log.log_record(replace(a_record(**OPTIONAL), protocol="udp"))
-    flow_log.log_record(replace(a_record(), domain=None))
+    lines.log_record(a_record(RecordKind.START, **OPTIONAL))
+    lines.log_record(replace(a_record(**OPTIONAL), protocol="udp"))
+    lines.log_record(replace(a_record(), domain=None))
     started, completed, plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     frame = ["timestamp", "level"], ["message", "target"]
     assert list(started) == [*frame[0], *FIELDS[:-END_FIELDS], *frame[1]]
@@ -100,8 +101,8 @@ def test_the_order_of_fields(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("directives", "flow_logs"), [("info", False), ("debug", False), ("flow_logs=debug", False)])
 def test_nobody_asked(directives: str, flow_logs: bool, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(directives, flow_logs=flow_logs)
-    assert not flow_log.is_enabled()
-    flow_log.log_record(a_record())
+    assert not lines.is_enabled()
+    lines.log_record(a_record())
     assert capsys.readouterr().out == ""
 
 
@@ -111,14 +112,14 @@ def test_nobody_asked(directives: str, flow_logs: bool, capsys: pytest.CaptureFi
 )
 def test_somebody_asked(directives: str, flow_logs: bool, capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(directives, flow_logs=flow_logs)
-    assert flow_log.is_enabled()
-    flow_log.log_record(a_record())
+    assert lines.is_enabled()
+    lines.log_record(a_record())
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_the_token_is_not_in_the_line(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("trace", flow_logs=True)
     record = a_record()
-    flow_log.log_record(record)
+    lines.log_record(record)
     out = capsys.readouterr().out
     assert all(part not in out for part in record.token.text.split("."))

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from fz_core.driver import flow_files
-from fz_core.driver.flow_spool import FlowSpool
+from fz_core.driver.flow_logs import files
+from fz_core.driver.flow_logs.spool import FlowSpool
 from fz_core.packet import Address
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, Outer, OuterPath, RecordKind, to_json
@@ -102,13 +102,13 @@ def test_only_a_uuid_becomes_a_path(tmp_path: Path, authorization: str) -> None:
 
 def test_roles_are_kept_apart(tmp_path: Path) -> None:
     write(tmp_path, a_record(), a_record(role="responder"))
-    assert [d.relative_to(tmp_path).parts[0] for d in flow_files.directories(tmp_path)] == ["initiator", "responder"]
+    assert [d.relative_to(tmp_path).parts[0] for d in files.directories(tmp_path)] == ["initiator", "responder"]
 
 
 def test_a_new_token_replaces_the_old_one(tmp_path: Path) -> None:
     write(tmp_path, a_record(1), a_record(2, exp=1_950_000_000))
-    (directory,) = flow_files.directories(tmp_path)
-    token = flow_files.read_token(directory)
+    (directory,) = files.directories(tmp_path)
+    token = files.read_token(directory)
     assert token is not None
     assert token.expires_at == 1_950_000_000
     assert len(list(directory.glob("*.json"))) == 2
@@ -119,17 +119,17 @@ def test_an_interval_of_zero_turns_uploads_off(tmp_path: Path) -> None:
     for interval in (0, 60, 0):
         spool.configure(FlowLogs("https://api.example", interval, 7))
     spool.close()
-    assert flow_files.read_settings(tmp_path / "x") is None
+    assert files.read_settings(tmp_path / "x") is None
     spool = FlowSpool(tmp_path / "x")
     spool.configure(FlowLogs("https://api.example", 60, 70_000))
     spool.close()
-    assert flow_files.read_settings(tmp_path / "x") == FlowLogs("https://api.example", 60, 10_000)
+    assert files.read_settings(tmp_path / "x") == FlowLogs("https://api.example", 60, 10_000)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"api_url":1,"interval":1,"batch_size":1}', b"[]"])
 def test_settings_that_cannot_be_read_mean_off(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "upload.json").write_bytes(content)
-    assert flow_files.read_settings(tmp_path) is None
+    assert files.read_settings(tmp_path) is None
 
 
 def test_a_full_queue_loses_records_with_a_warning_per_thousand(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_a_disk_that_refuses_is_a_warning_and_the_thread_goes_on(tmp_path: Path)
 def test_a_directory_that_was_pruned_is_made_again(tmp_path: Path) -> None:
     spool = FlowSpool(tmp_path)
     spool._write([a_record(1)])
-    (directory,) = flow_files.directories(tmp_path)
-    flow_files.prune(tmp_path, 2_000_000_000)
+    (directory,) = files.directories(tmp_path)
+    files.prune(tmp_path, 2_000_000_000)
     assert not directory.exists()
     spool._write([a_record(2)])
-    assert flow_files.read_token(directory) is not None
+    assert files.read_token(directory) is not None
 
 
 def test_nothing_is_stored_after_the_end(tmp_path: Path) -> None:
@@ -184,15 +184,15 @@ def test_a_crash_leaves_whole_reports_only(tmp_path: Path) -> None:
     finally:
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
-    (directory,) = flow_files.directories(root)
-    assert flow_files.read_token(directory) is not None
+    (directory,) = files.directories(root)
+    assert files.read_token(directory) is not None
     (directory / ".1800000000-0000000000000000.end.json.1").write_text("half a rep")
-    reports, _ = flow_files.take_reports(directory, 10_000)
+    reports, _ = files.take_reports(directory, 10_000)
     assert {r.path.name for r in reports} == {p.name for p in directory.glob("[!.]*.json")}
     assert set(announced) <= {r.stem for r in reports}
     for report in reports:
         assert_conforms(report.payload, "end")
-    flow_files.prune(root, directory.stat().st_mtime + 61)
+    files.prune(root, directory.stat().st_mtime + 61)
     assert not list(directory.glob(".*"))
     assert len(list(directory.glob("*.json"))) == len(reports)
 
@@ -201,13 +201,13 @@ CRASHING = """
 import itertools, sys
 from pathlib import Path
 from typing import Any
-from fz_core.driver import flow_files
-from fz_core.driver.flow_spool import FlowSpool
+from fz_core.driver.flow_logs import files
+from fz_core.driver.flow_logs.spool import FlowSpool
 from tests.unit.driver.test_driver_flow_spool import a_record
 spool = FlowSpool(Path(sys.argv[1]))
 for number in itertools.count():
     spool._write([a_record(number)])
-    print(flow_files.stem_of(a_record(number)), flush=True)
+    print(files.stem_of(a_record(number)), flush=True)
 """
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import trio
 
-from fz_core.driver import flow_files
-from fz_core.driver.flow_upload import FlowUploader
+from fz_core.driver.flow_logs import files
+from fz_core.driver.flow_logs.upload import FlowUploader
 from fz_core.packet import Address
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, Outer, OuterPath, RecordKind, to_json
@@ -40,12 +40,12 @@ def a_record(number: int, kind: RecordKind = RecordKind.END, token: IngestToken 
 def store(root: Path, *records: FlowRecord) -> Path:
     directory = root
     for record in records:
-        found = flow_files.directory_of(root, record.token)
+        found = files.directory_of(root, record.token)
         assert found is not None
         directory = found
-        flow_files.make_directories(root, directory.parent, directory)
-        flow_files.write_atomically(directory / "token", record.token.text.encode())
-        flow_files.write_report(directory, record)
+        files.make_directories(root, directory.parent, directory)
+        files.write_atomically(directory / "token", record.token.text.encode())
+        files.write_report(directory, record)
     return directory
 
 
@@ -340,11 +340,11 @@ async def test_the_rhythm_of_passes(upload: Upload) -> None:
         await upload._sleep(seconds)
         if len(upload.waits) == 2:
             store(upload.root, *(a_record(n) for n in range(5)))
-            flow_files.write_settings(upload.root, FlowLogs(upload.portal.url(), 70, 2))
+            files.write_settings(upload.root, FlowLogs(upload.portal.url(), 70, 2))
         elif len(upload.waits) == 5:
             store(upload.root, a_record(9))
         elif len(upload.waits) == 9:
-            flow_files.write_settings(upload.root, FlowLogs("", 0, 0))
+            files.write_settings(upload.root, FlowLogs("", 0, 0))
         elif len(upload.waits) == 11:
             nursery.cancel_scope.cancel()
 

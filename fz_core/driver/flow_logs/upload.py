@@ -4,7 +4,7 @@
     nursery.start_soon(uploader.run)
 
 A pass sends one batch for each authorization, oldest reports first. Sending twice is safe: the portal
-recognizes reports by what they say. Not here: the layout on the disk (`flow_files`).
+recognizes reports by what they say. Not here: the layout on the disk (`files`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 import structlog
 import trio
 
-from fz_core.driver import flow_files
-from fz_core.driver.flow_files import Report
-from fz_core.driver.flow_https import HTTPS_PORT, BadUrl, HttpsClient, Reply, Resolve
+from fz_core.driver.flow_logs import files
+from fz_core.driver.flow_logs.files import Report
+from fz_core.driver.flow_logs.https import HTTPS_PORT, BadUrl, HttpsClient, Reply, Resolve
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import IngestToken
 
@@ -83,11 +83,11 @@ class FlowUploader:
 
     async def _turn(self) -> float:
         """One pass, if uploads are on; seconds until the next turn."""
-        settings = await trio.to_thread.run_sync(flow_files.read_settings, self._root)
+        settings = await trio.to_thread.run_sync(files.read_settings, self._root)
         if settings != self._settings:
             self._settings, self._next_at = settings, -math.inf
         if settings is None:
-            await trio.to_thread.run_sync(flow_files.prune, self._root, self._unix_now())
+            await trio.to_thread.run_sync(files.prune, self._root, self._unix_now())
             return OFF_INTERVAL
         if self._now() >= self._next_at:
             started_at = self._now()
@@ -109,16 +109,16 @@ class FlowUploader:
         return has_backlog
 
     def _survey(self) -> list[Path]:
-        flow_files.prune(self._root, self._unix_now())
-        directories = list(flow_files.directories(self._root))
+        files.prune(self._root, self._unix_now())
+        directories = list(files.directories(self._root))
         self._kept = {d: self._kept[d] for d in directories if d in self._kept}
         return directories
 
     async def _upload_directory(self, client: HttpsClient, settings: FlowLogs, directory: Path) -> tuple[Outcome, bool]:
-        token = await trio.to_thread.run_sync(flow_files.read_token, directory)
+        token = await trio.to_thread.run_sync(files.read_token, directory)
         if token is None or not token.uploads_enabled:
             return Outcome.SENT, False
-        take = partial(flow_files.take_reports, directory, settings.upload_batch_size, self._kept.get(directory, ()))
+        take = partial(files.take_reports, directory, settings.upload_batch_size, self._kept.get(directory, ()))
         reports, has_more = await trio.to_thread.run_sync(take)
         if not reports:
             return Outcome.SENT, has_more

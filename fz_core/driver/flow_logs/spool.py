@@ -5,7 +5,7 @@
     spool.put(record)                   # never blocks
     spool.close()
 
-Not here: the layout on the disk (`flow_files`), and sending (`flow_upload`).
+Not here: the layout on the disk (`files`), and sending (`upload`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from fz_core.driver import flow_files
+from fz_core.driver.flow_logs import files
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord
 
@@ -96,14 +96,14 @@ class FlowSpool:
 
     def _write_settings(self, settings: FlowLogs) -> None:
         try:
-            flow_files.write_settings(self._root, settings)
+            files.write_settings(self._root, settings)
         except OSError as error:
             self._fail(str(error))
 
     def _write(self, records: list[FlowRecord]) -> None:
         touched: set[Path] = set()
         for record in records:
-            directory = flow_files.directory_of(self._root, record.token)
+            directory = files.directory_of(self._root, record.token)
             if directory is None:
                 self._fail("the token's policy authorization id is not a UUID")
                 continue
@@ -114,16 +114,16 @@ class FlowSpool:
                 self._fail(str(error))
         for directory in touched:
             try:
-                flow_files.sync_directory(directory)
+                files.sync_directory(directory)
             except OSError as error:
                 self._fail(str(error))
 
     def _store(self, directory: Path, record: FlowRecord) -> None:
         for _ in range(2):  # the directory may be pruned in between
-            flow_files.make_directories(self._root, directory.parent, directory)
+            files.make_directories(self._root, directory.parent, directory)
             try:
                 self._store_token(directory, record.token.text)
-                flow_files.write_report(directory, record)
+                files.write_report(directory, record)
                 return
             except FileNotFoundError as error:
                 gone = error
@@ -133,7 +133,7 @@ class FlowSpool:
         path = directory / "token"
         if self._known_tokens.get(directory) == text and path.exists():
             return
-        flow_files.write_atomically(path, text.encode())
+        files.write_atomically(path, text.encode())
         if len(self._known_tokens) >= MAX_KNOWN_TOKENS:
             self._known_tokens.clear()
         self._known_tokens[directory] = text
