@@ -6,8 +6,8 @@ import secrets
 from collections.abc import Callable
 from typing import Literal
 
-from fz_core.driver.client_names import ClientNames
 from fz_core.driver.config import Role, Start, TunnelConfig
+from fz_core.driver.names.client_names import ClientNames
 from fz_core.linux import SocketFactory, make_dns_control
 from fz_core.portal import Channel, client_channel
 from fz_core.portal.client import Init

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from fz_core.driver.config import Role, Start, TunnelConfig
-from fz_core.driver.gateway_names import GatewayNames
+from fz_core.driver.names.gateway_names import GatewayNames
 from fz_core.linux import SocketFactory
 from fz_core.portal import Channel, gateway_channel
 from fz_core.portal.gateway import Init

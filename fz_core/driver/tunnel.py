@@ -73,10 +73,10 @@ from fz_core.tunnel.events import (
 from fz_core.tunnel.flow_tracking import FlowTracking
 
 if TYPE_CHECKING:
-    from fz_core.driver.client_names import ClientNames
     from fz_core.driver.client_side import ClientSide
-    from fz_core.driver.gateway_names import GatewayNames
     from fz_core.driver.gateway_side import GatewaySide
+    from fz_core.driver.names.client_names import ClientNames
+    from fz_core.driver.names.gateway_names import GatewayNames
     from fz_core.linux.netlink import Interface
 
 EVENT_QUEUE = 256

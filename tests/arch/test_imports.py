@@ -15,7 +15,7 @@ UNNEEDED = {
     "h2": HTTPS,
     "hpack": HTTPS,
     "anyio": HTTPS,
-    "fz_core.driver.doh_server": HTTPS,
+    "fz_core.driver.names.doh_server": HTTPS,
     "fz_core.driver.marked_http": HTTPS,
     "pyroute2": NETLINK,
     "fz_core.linux.netlink": NETLINK,
@@ -33,9 +33,9 @@ UNNEEDED = {
 }
 GATEWAY_ONLY = (
     "fz_core.driver.gateway_side",
-    "fz_core.driver.gateway_names",
-    "fz_core.driver.name_resolver",
-    "fz_core.driver.dns_server",
+    "fz_core.driver.names.gateway_names",
+    "fz_core.driver.names.resolver",
+    "fz_core.driver.names.dns_server",
     "fz_core.driver.health",
     "fz_core.tunnel.gateway",
     "fz_core.tunnel.client_access",
@@ -43,8 +43,8 @@ GATEWAY_ONLY = (
 )
 CLIENT_ONLY = (
     "fz_core.driver.client_side",
-    "fz_core.driver.client_names",
-    "fz_core.driver.doh",
+    "fz_core.driver.names.client_names",
+    "fz_core.driver.names.doh",
     "fz_core.tunnel.client",
     "fz_core.tunnel.client_peers",
     "fz_core.tunnel.client_dns",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import trio
 
-from fz_core.driver.name_resolver import NameResolver
+from fz_core.driver.names.resolver import NameResolver
 
 LOOPBACK = bytes([127, 0, 0, 1])
 

@@ -14,12 +14,12 @@ import dns.rcode
 import pytest
 import trio
 
-from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_client import DnsFailed, exchange
-from fz_core.driver.dns_server import TunnelDnsServer
 from fz_core.driver.marked_http import connect_marked
-from fz_core.driver.name_resolver import NameResolver, Resolved, ResolveTimeout
-from fz_core.driver.nameservers import Nameservers
+from fz_core.driver.names.bootstrap import resolve_host
+from fz_core.driver.names.dns_client import DnsFailed, exchange
+from fz_core.driver.names.dns_server import TunnelDnsServer
+from fz_core.driver.names.nameservers import Nameservers
+from fz_core.driver.names.resolver import NameResolver, Resolved, ResolveTimeout
 from fz_core.fastpath import split_super_packet
 from fz_core.lab import Host, Lab
 from fz_core.lab.processes import Process

@@ -15,7 +15,7 @@ import trio
 
 from fz_core.crypto import PrivateKey
 from fz_core.driver import clock
-from fz_core.driver.client_names import ClientNames
+from fz_core.driver.names.client_names import ClientNames
 from fz_core.driver.roaming import Change, RouteWatch, follow_routes
 from fz_core.lab import Host, Lab, LabError
 from fz_core.lab.names import start_names

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 import trio
 
-from fz_core.driver.dns_client import DnsFailed
+from fz_core.driver.names.dns_client import DnsFailed
 
 if TYPE_CHECKING:
     from fz_core.driver.marked_http import MarkedPool

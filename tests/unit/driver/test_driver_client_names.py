@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from fz_core.crypto import PrivateKey
-from fz_core.driver.client_names import ClientNames
+from fz_core.driver.names.client_names import ClientNames
 from fz_core.linux import RouteCache, SocketFactory, make_dns_control
 from fz_core.tunnel import ClientTunnel
 from fz_core.tunnel.events import ForwardQuery

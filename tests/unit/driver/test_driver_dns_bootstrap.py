@@ -12,10 +12,10 @@ import trio
 import trio.testing
 from driver_dns_peers import Asked, Behaviour, Peer, reply, response, zone
 
-from fz_core.driver.bootstrap import MAX_KNOWN_TYPES, parse_untrusted, resolve_host
-from fz_core.driver.dns_client import DnsFailed
-from fz_core.driver.hosts_file import HostsFile
-from fz_core.driver.nameservers import Nameservers, read_resolv_conf
+from fz_core.driver.names.bootstrap import MAX_KNOWN_TYPES, parse_untrusted, resolve_host
+from fz_core.driver.names.dns_client import DnsFailed
+from fz_core.driver.names.hosts_file import HostsFile
+from fz_core.driver.names.nameservers import Nameservers, read_resolv_conf
 from fz_core.linux import HostError
 from fz_core.packet import Address
 

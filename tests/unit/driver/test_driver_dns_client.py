@@ -10,7 +10,7 @@ import trio
 import trio.testing
 from driver_dns_peers import LOOPBACK, Asked, Peer, reply, zone
 
-from fz_core.driver.dns_client import DnsClient, DnsFailed, DnsTimeout, TooBusy, exchange
+from fz_core.driver.names.dns_client import DnsClient, DnsFailed, DnsTimeout, TooBusy, exchange
 from fz_core.packet import Address
 
 QUERY = dns.message.make_query("www.example", "A", id=0x1234).to_wire()

@@ -18,8 +18,8 @@ import trio
 import trio.testing
 from driver_dns_peers import LOOPBACK, Asked, Peer, reply, zone
 
-from fz_core.driver.dns_client import DnsFailed, DnsTimeout, TooBusy
-from fz_core.driver.doh import DohClient
+from fz_core.driver.names.dns_client import DnsFailed, DnsTimeout, TooBusy
+from fz_core.driver.names.doh import DohClient
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 

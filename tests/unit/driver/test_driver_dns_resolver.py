@@ -15,7 +15,7 @@ import trio
 import trio.testing
 from driver_dns_peers import Asked, Behaviour, Peer, reply, response, zone
 
-from fz_core.driver.name_resolver import LibcResolver, NameResolver, Resolved, ResolveTimeout, TooBusy
+from fz_core.driver.names.resolver import LibcResolver, NameResolver, Resolved, ResolveTimeout, TooBusy
 
 IPS = (bytes([127, 0, 0, 1]), bytes([127, 0, 0, 2]))
 BOTH = zone({("both.example", "A"): ["192.0.2.1", "192.0.2.2"], ("both.example", "AAAA"): ["2001:db8::1"]})
@@ -286,7 +286,7 @@ class TestLibc:
             calls.append(name)
             return (bytes([192, 0, 2, len(calls)]),)
 
-        monkeypatch.setattr("fz_core.driver.name_resolver._getaddrinfo", look_up)
+        monkeypatch.setattr("fz_core.driver.names.resolver._getaddrinfo", look_up)
         resolver = LibcResolver(lambda: now[0])
         found: list[tuple[bytes, ...]] = []
 

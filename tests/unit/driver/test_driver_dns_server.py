@@ -11,10 +11,10 @@ import trio
 import trio.testing
 from driver_dns_peers import LOOPBACK, Asked, Peer, reply, zone
 
-from fz_core.driver.dns_client import DnsFailed, Frames, exchange
-from fz_core.driver.dns_server import PORT as DNS_PORT_IN_TUNNEL
-from fz_core.driver.dns_server import TunnelDnsServer
-from fz_core.driver.nameservers import Nameservers
+from fz_core.driver.names.dns_client import DnsFailed, Frames, exchange
+from fz_core.driver.names.dns_server import PORT as DNS_PORT_IN_TUNNEL
+from fz_core.driver.names.dns_server import TunnelDnsServer
+from fz_core.driver.names.nameservers import Nameservers
 from fz_core.linux import HostError
 from fz_core.packet import Address
 

@@ -18,8 +18,8 @@ import dns.rdatatype
 import trio
 
 from fz_core.driver import clock
-from fz_core.driver.bootstrap import ask_server
-from fz_core.driver.dns_client import DNS_PORT, DnsFailed
+from fz_core.driver.names.bootstrap import ask_server
+from fz_core.driver.names.dns_client import DNS_PORT, DnsFailed
 from fz_core.linux import HostError, SocketFactory, parse_resolv_conf
 from fz_core.packet import Address
 

@@ -12,10 +12,10 @@ from typing import Any
 import structlog
 import trio
 
-from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_server import TunnelDnsServer
-from fz_core.driver.name_resolver import NameResolver, ResolveTimeout, TooBusy
-from fz_core.driver.nameservers import Nameservers, read_resolv_conf
+from fz_core.driver.names.bootstrap import resolve_host
+from fz_core.driver.names.dns_server import TunnelDnsServer
+from fz_core.driver.names.nameservers import Nameservers, read_resolv_conf
+from fz_core.driver.names.resolver import NameResolver, ResolveTimeout, TooBusy
 from fz_core.linux import SocketFactory
 from fz_core.tunnel.events import ResolveName, TunConfigChanged
 from fz_core.tunnel.gateway import GatewayTunnel

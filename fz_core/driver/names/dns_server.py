@@ -19,8 +19,8 @@ import structlog
 import trio
 
 from fz_core.dns import Query, build_error, truncate
-from fz_core.driver.dns_client import DNS_PORT, DnsClient, DnsFailed, Frames
-from fz_core.driver.nameservers import Nameservers
+from fz_core.driver.names.dns_client import DNS_PORT, DnsClient, DnsFailed, Frames
+from fz_core.driver.names.nameservers import Nameservers
 from fz_core.linux import HostError, SocketFactory
 from fz_core.packet import Address
 

@@ -15,8 +15,8 @@ import httpcore
 import trio
 
 from fz_core.dns import Query, is_reply_to
-from fz_core.driver.dns_client import MAX_MESSAGE, DnsFailed
 from fz_core.driver.marked_http import HAS_HTTP2, MarkedBackend, as_os_errors, connect_marked
+from fz_core.driver.names.dns_client import MAX_MESSAGE, DnsFailed
 
 MAX_CONNECTIONS = 8
 CONTENT_TYPE = b"application/dns-message"

@@ -20,8 +20,8 @@ import dns.rdata
 import dns.rdatatype
 import trio
 
-from fz_core.driver.dns_client import DNS_PORT, DnsFailed, exchange
-from fz_core.driver.hosts_file import HostsFile
+from fz_core.driver.names.dns_client import DNS_PORT, DnsFailed, exchange
+from fz_core.driver.names.hosts_file import HostsFile
 from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 

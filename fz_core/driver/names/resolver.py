@@ -27,10 +27,10 @@ import trio
 from fz_core.dns import AddressCache
 from fz_core.dns.wire import write_name
 from fz_core.driver import clock
-from fz_core.driver.bootstrap import parse_untrusted
-from fz_core.driver.dns_batch import DnsBatch
-from fz_core.driver.dns_client import DNS_PORT, DnsFailed, TooBusy, exchange
-from fz_core.driver.hosts_file import HostsFile
+from fz_core.driver.names.bootstrap import parse_untrusted
+from fz_core.driver.names.dns_batch import DnsBatch
+from fz_core.driver.names.dns_client import DNS_PORT, DnsFailed, TooBusy, exchange
+from fz_core.driver.names.hosts_file import HostsFile
 from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 

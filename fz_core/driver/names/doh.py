@@ -23,12 +23,12 @@ import structlog
 import trio
 
 from fz_core.dns import Query, with_id
-from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_client import DNS_PORT, MAX_IN_FLIGHT, DnsFailed, DnsTimeout, TooBusy
+from fz_core.driver.names.bootstrap import resolve_host
+from fz_core.driver.names.dns_client import DNS_PORT, MAX_IN_FLIGHT, DnsFailed, DnsTimeout, TooBusy
 from fz_core.linux import SocketFactory
 
 if TYPE_CHECKING:
-    from fz_core.driver.doh_server import DohServer
+    from fz_core.driver.names.doh_server import DohServer
 
 QUERY_TIMEOUT = 5.0
 BOOTSTRAP_TIMEOUT = 5.0
@@ -199,7 +199,7 @@ class DohClient:
 
 def _server_opener() -> Callable[..., Awaitable[DohServer]]:
     """Imported in a thread when there is a DoH server: its HTTP library takes a while."""
-    from fz_core.driver.doh_server import open_server
+    from fz_core.driver.names.doh_server import open_server
 
     return open_server
 

@@ -13,9 +13,9 @@ from typing import Any
 import structlog
 import trio
 
-from fz_core.driver.bootstrap import resolve_host
-from fz_core.driver.dns_client import DnsClient, DnsFailed, DnsTimeout
-from fz_core.driver.doh import DohClient
+from fz_core.driver.names.bootstrap import resolve_host
+from fz_core.driver.names.dns_client import DnsClient, DnsFailed, DnsTimeout
+from fz_core.driver.names.doh import DohClient
 from fz_core.linux import DnsControl, FileWatch, SocketFactory
 from fz_core.packet import Address
 from fz_core.tunnel.client import ClientTunnel

@@ -2,7 +2,7 @@
 
 A socket is connected to one server, so only its datagrams arrive; it has a random port and random ids, and
 is replaced after 64 questions or 2 seconds, so that a guesser has little time. Replies count only with id
-and question. Not here: retries, TCP, and what replies mean (`name_resolver.py`).
+and question. Not here: retries, TCP, and what replies mean (`resolver`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 
 from fz_core.dns import Query, is_reply_to
 from fz_core.driver import clock
-from fz_core.driver.dns_client import QuerySocket
+from fz_core.driver.names.dns_client import QuerySocket
 from fz_core.linux import SocketFactory
 from fz_core.packet import Address
 
