@@ -27,7 +27,7 @@ from fz_core.driver.carrier import wanted_threads
 from fz_core.driver.config import ConfigError, Role, Start, TunnelConfig, TunnelFailed
 from fz_core.driver.flow_logs.lines import log_record
 from fz_core.driver.flow_logs.spool import FlowSpool
-from fz_core.driver.flow_logs.upload import FlowUploader
+from fz_core.driver.flow_logs.uploading import upload_flow_logs
 from fz_core.driver.loop import Loop
 from fz_core.driver.portal import PortalLink
 from fz_core.driver.roaming import FORGOTTEN_AFTER, RESETS, Change, RouteWatch, follow_routes
@@ -214,7 +214,7 @@ class Tunnel:
                 nursery.start_soon(self._listen, link, loop)
                 nursery.start_soon(follow_routes, self._watch, self._handle_change)
                 if self._config.flow_log_dir is not None:
-                    nursery.start_soon(FlowUploader(self._config.flow_log_dir, self._names.resolve_portal).run)
+                    nursery.start_soon(upload_flow_logs, self._config.flow_log_dir, self._names.resolve_portal)
                 await loop.run()
                 nursery.cancel_scope.cancel()
         except* (TunnelFailed, HostError) as failed:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 HTTPS = "for DNS over HTTPS and flow-log uploads, imported in a thread when there is a server to talk to"
+SPOOL = "imported in a thread when there is a spool of flow logs"
 NETLINK = "imported in a thread while the portal is called"
 UNNEEDED = {
     "httpcore": HTTPS,
@@ -17,6 +18,8 @@ UNNEEDED = {
     "anyio": HTTPS,
     "fz_core.driver.names.doh_server": HTTPS,
     "fz_core.driver.marked_http": HTTPS,
+    "fz_core.driver.flow_logs.upload": SPOOL,
+    "fz_core.driver.flow_logs.https": SPOOL,
     "pyroute2": NETLINK,
     "fz_core.linux.netlink": NETLINK,
     "fz_core.linux.link_scope": NETLINK,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trio
 
 from fz_core.driver.flow_logs import files
 from fz_core.driver.flow_logs.upload import FlowUploader
+from fz_core.driver.flow_logs.uploading import upload_flow_logs
 from fz_core.packet import Address
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, Outer, OuterPath, RecordKind, to_json
@@ -353,6 +355,29 @@ async def test_the_rhythm_of_passes(upload: Upload) -> None:
         nursery.start_soon(upload.uploader.run)
     assert upload.waits == [30, 30, 1, 1, 30, 30, 10, 30, 30, 30, 30]
     assert upload.sent() == [[0, 1], [2, 3], [4], [9]]
+
+
+async def test_what_lies_in_a_spool_is_sent_once_there_is_one(tmp_path: Path) -> None:
+    """Without one, every 30 s is a look."""
+    root, asked, waits = tmp_path / "flow_logs", trio.Event(), []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            store(root, a_record(1, token=a_token(exp=9_999_999_999)))  # by the real clock
+            files.write_settings(root, FlowLogs(f"https://{HOST}", 60, 2))
+        await trio.lowlevel.checkpoint()
+
+    async def resolve(host: str) -> Sequence[str]:
+        assert host == HOST
+        asked.set()
+        return await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(upload_flow_logs, root, resolve, sleep=sleep))
+        await asked.wait()
+        nursery.cancel_scope.cancel()
+    assert waits == [30, 30, 30]
 
 
 START, END = RecordKind.START, RecordKind.END
