@@ -14,14 +14,15 @@ from fz_core.lab.system import Programs
 from tests.netns.name_scenarios import NAME_SCENARIOS
 from tests.netns.path_mtu_scenarios import MTU_SCENARIOS
 from tests.netns.scenarios import SCENARIOS as PATH_SCENARIOS
+from tests.netns.traffic_scenarios import TRAFFIC_SCENARIOS
 
-ORDINARY = {**PATH_SCENARIOS, **MTU_SCENARIOS, **NAME_SCENARIOS}
+ORDINARY = {**PATH_SCENARIOS, **TRAFFIC_SCENARIOS, **MTU_SCENARIOS, **NAME_SCENARIOS}
 WITHOUT_ICE = {
     # what depends on how a path is found; the rest happens above it
     "direct", "direct, IPv6 resource", "relayed", "both NATs symmetric", "IPv4 only", "IPv6-only underlay",
     "client IPv4, gateway IPv6", "20 ms to everybody", "two clients", "gateway restart", "client restart",
     "revocation during a transfer", "portal away", "names", "names, relayed", "device pools",
-    "access to a name is revoked", "names and restarts", *MTU_SCENARIOS,
+    "access to a name is revoked", "names and restarts", *MTU_SCENARIOS, *TRAFFIC_SCENARIOS,
 }  # fmt: skip
 STRICT_GATEWAY = (1, 6, 0)  # older ones let the internet resource into their own network
 BEYOND_OLD_CLIENTS = {

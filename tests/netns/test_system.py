@@ -22,6 +22,7 @@ from fz_core.lab.system import Programs, System
 from tests.netns.name_scenarios import NAME_SCENARIOS, expect, load, must_fail, named_system, ping
 from tests.netns.name_scenarios import eventually as eventually_that
 from tests.netns.scenarios import SCENARIOS, eventually
+from tests.netns.traffic_scenarios import TRAFFIC_SCENARIOS
 
 pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 
@@ -30,6 +31,12 @@ pytestmark = [pytest.mark.root, pytest.mark.peer("nft", "curl", "ip")]
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_scenario(name: str) -> None:
     SCENARIOS[name](Programs())
+
+
+@pytest.mark.peer("unbound", "dig", "ping")
+@pytest.mark.parametrize("name", TRAFFIC_SCENARIOS)
+def test_traffic(name: str) -> None:
+    TRAFFIC_SCENARIOS[name](Programs())
 
 
 @pytest.mark.peer("unbound", "dig", "iperf3", "ping")
