@@ -13,8 +13,8 @@ HEAD = """# Compatibility
 
 What was tried with which official programs, on our embedded portal, by `make interop PEERS=<folder>`.
 `-`: this has no point in this mix, or the release does not know it, or it was not run. Scenarios are described in
-`tests/netns/scenarios.py`, `traffic_scenarios.py`, `name_scenarios.py` and `path_mtu_scenarios.py`; faults, and what bounds their seconds in
-which mix, in [fault-lab.md](fault-lab.md).
+`tests/netns/scenarios.py`, `traffic_scenarios.py`, `name_scenarios.py` and `path_mtu_scenarios.py`; faults, and
+what bounds their seconds in which mix, in [fault-lab.md](fault-lab.md).
 """
 Cell = tuple[str, str]
 
