@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fz_core.crypto import PrivateKey
 from fz_core.node import GATEWAY_PROFILES, NoRelays, Parameters
+from fz_core.node.deadlines import Deadlines
 from fz_core.packet import (
     DropReason,
     Packet,
@@ -69,6 +70,7 @@ class GatewayTunnel(TunnelRole):
         self._interface: GatewayInterface | None = None
         self._clients: dict[str, ClientAccess] = {}
         self._by_ip: dict[bytes, str] = {}
+        self._endings: Deadlines[str] = Deadlines(lambda client_id: self._clients[client_id].next_expiry())
         self._resolutions = Resolutions()
         self._legacy: dict[str, Parameters] = {}
         self._tick_at: float | None = None
@@ -127,10 +129,16 @@ class GatewayTunnel(TunnelRole):
         )
         return min(((at, why) for at, why in due if at is not None), default=None)
 
-    def _look_by(self, at: float | None, now: float) -> None:
-        """Something ends at this time, or may: look then, but not within a second from now."""
-        if at is not None:
-            at = max(at, now + TICK)
+    def _note_ending(self, client_id: str, now: float) -> None:
+        """A grant or translation of this client may end earlier than known."""
+        self._endings.note(client_id)
+        self._schedule_look(now)
+
+    def _schedule_look(self, now: float) -> None:
+        """Look when the next thing ends, but not within a second from now."""
+        due_at = self._endings.poll_timeout()
+        if due_at is not None:
+            at = max(due_at, now + TICK)
             self._tick_at = at if self._tick_at is None else min(self._tick_at, at)
 
     # data
@@ -151,7 +159,7 @@ class GatewayTunnel(TunnelRole):
             self._packets.append(build_icmp_too_big(packet, admitted.mtu))
             return DropReason.TOO_BIG
         if packet.tcp_flags & (FIN | RST):
-            self._look_by(now, now)
+            self._note_ending(client_id, now)
         reason = self._transmit(client_id, admitted, now, as_received)
         if tracker is not None and flow is not None and reason is None:
             tracker.count_rx(flow, admitted, now)
@@ -203,7 +211,7 @@ class GatewayTunnel(TunnelRole):
         if isinstance(translated, TooBig):
             return self._transmit(client_id, build_icmp_too_big(packet, translated.mtu), now) or DropReason.TOO_BIG
         if is_end or access.opened_sessions != opened:  # packets of known flows only move deadlines away
-            self._look_by(access.next_expiry(), now)
+            self._note_ending(client_id, now)
             self._renew_legacy_name(client_id, access, proxy_ip, now)
         if attribution is not None:
             self._note_flow(client_id, attribution, translated, now)
@@ -306,7 +314,7 @@ class GatewayTunnel(TunnelRole):
             for resource_id in sorted(access.resource_ids):
                 if (client_id, resource_id) in listed:
                     access.set_expiry(resource_id, self._clock.monotonic(listed[client_id, resource_id], now))
-                    self._look_by(access.next_expiry(), now)
+                    self._note_ending(client_id, now)
                 else:
                     self._revoke(client_id, resource_id, "not listed by the portal", now)
 
@@ -351,6 +359,8 @@ class GatewayTunnel(TunnelRole):
         access = self._clients.get(client_id)
         if access is None or access.client_ips != ips:
             self._unindex(client_id)
+            if access is None:
+                self._endings.add(client_id)
             access = self._clients[client_id] = ClientAccess(ips, self._own_ips, self._revoked)
             for ip in ips:
                 if ip in self._by_ip:
@@ -358,7 +368,7 @@ class GatewayTunnel(TunnelRole):
                 self._by_ip[ip] = client_id
         if access.grant(resource, self._clock.monotonic(expires_at, now)):
             self._events.append(AccessGranted(client_id, resource.id, expires_at))
-            self._look_by(access.next_expiry(), now)
+            self._note_ending(client_id, now)
 
     def _revoke(self, client_id: str, resource_id: str, reason: str, now: float) -> None:
         access = self._clients.get(client_id)
@@ -370,15 +380,13 @@ class GatewayTunnel(TunnelRole):
 
     def _expire(self, now: float) -> None:
         self._tick_at = None
-        for client_id, access in list(self._clients.items()):
-            for resource_id in access.expire(now):
+        for client_id in self._endings.take(now):
+            for resource_id in self._clients[client_id].expire(now):
                 self._void_peer(client_id)
                 self.flows.end_access(client_id, resource_id, now)
                 self._events.append(AccessEnded(client_id, resource_id, "expired"))
-            if access.is_empty:
-                self._dismiss_if_empty(client_id, now)
-            else:
-                self._look_by(access.next_expiry(), now)
+            self._dismiss_if_empty(client_id, now)
+        self._schedule_look(now)
 
     def _dismiss_if_empty(self, client_id: str, now: float) -> None:
         if self._clients[client_id].is_empty:
@@ -391,6 +399,7 @@ class GatewayTunnel(TunnelRole):
         self._unindex(client_id)
         self._forget_paths(client_id)
         self._legacy.pop(client_id, None)
+        self._endings.remove(client_id)
         if self._clients.pop(client_id, None) is not None:
             self._events.append(ConnectionDown(client_id, reason))
 

@@ -22,14 +22,17 @@ import dns.message
 from fz_core.crypto import PrivateKey
 from fz_core.packet import Packet, build_control, build_udp
 from fz_core.portal import client as c
-from fz_core.portal.types import CidrResource, DnsResource, Filter, Interface, Site
-from fz_core.tunnel import ClientTunnel, control
+from fz_core.portal import gateway as g
+from fz_core.portal.types import CidrResource, DnsResource, Filter, GatewayInterface, IceCredentials, Interface, Site
+from fz_core.tunnel import ClientTunnel, GatewayTunnel, control
 from fz_core.tunnel.client_access import ClientAccess, Decision
 
 OWN4, OWN6 = IPv4Address("100.64.0.9"), IPv6Address("fd00:2021:1111::9")
 SENTINEL = ip_address("100.100.111.1").packed
 SITE = Site("00000000-0000-4000-8000-000000000001", "s")
 WILDCARD = DnsResource("00000000-0000-4000-8000-0000000000aa", "*.corp.example", "d", (), (SITE,))
+CREDENTIALS = IceCredentials("ufrag", "password")
+EPOCH = 1_700_000_000
 RANDOM = Random(1)
 
 
@@ -62,7 +65,7 @@ def nanoseconds(act: Callable[[], object], times: int = 20_000) -> int:
 
 
 def new_client() -> ClientTunnel:
-    state = ClientTunnel(PrivateKey(b"\x01" * 32), 0.0, 1.7e9, RANDOM.randbytes)
+    state = ClientTunnel(PrivateKey(b"\x01" * 32), 0.0, EPOCH, RANDOM.randbytes)
     state.set_system_resolvers([bytes([192, 0, 2, 53])], 0.0)
     state.handle_portal_message(c.Init(Interface(OWN4, OWN6), (WILDCARD,)), 0.0)
     return state
@@ -120,11 +123,31 @@ def gateway_clients() -> dict[str, Any]:
         packet = build_udp(clients[0].client_ips[0], bytes([10, 3, 0, 1]), 1000, 80)
         results[f"decide_ns_with_{size}_clients"] = nanoseconds(lambda p=packet: clients[0].decide(p))  # type: ignore[misc]
     results["kib_per_client"] = round((resident() - before) / len(clients) / 1024, 1)
-    started = time.perf_counter()
-    for access in clients:
-        access.expire(1.0)
-        access.next_expiry()
-    results["expiry_check_of_all_ms"] = round((time.perf_counter() - started) * 1000, 2)
+    return results
+
+
+def gateway_endings() -> dict[str, Any]:
+    """A grant of one client ends, while 100 or 10,000 have grants that end later, and names with four addresses."""
+    results: dict[str, Any] = {}
+    for size in (100, 10_000):
+        state = GatewayTunnel(PrivateKey(b"\x01" * 32), 0.0, EPOCH, RANDOM.randbytes)
+        state.node.upsert_connection = lambda *_: True  # type: ignore[method-assign]  # only grants are wanted
+        state.handle_portal_message(g.Init(GatewayInterface(IPv4Address("100.64.0.1"), OWN6)), 0.0)
+        for number in range(size):
+            ips = IPv4Address("100.64.0.16") + number, OWN6 + 16 + number
+            client = g.Client(f"c{number}", b"k" * 32, bytes(32), *ips)
+            message = g.CreateAuthorization("", client, WILDCARD, CREDENTIALS, CREDENTIALS, EPOCH + 1000 + 10 * number)
+            state.handle_portal_message(message, 0.0)
+            proxies, real = [(0x64600001 + n).to_bytes(4, "big") for n in range(4)], [bytes([10, 0, 0, 1])]
+            state._clients[client.id].set_up_name(WILDCARD.id, "a.corp.example", proxies, real, mix=True)
+        best = float("inf")
+        for number in range(20):
+            started = time.perf_counter()
+            state.handle_timeout(1001.0 + 10 * number)
+            state.poll_timeout()
+            best = min(best, time.perf_counter() - started)
+        assert len(state._clients) == size - 20
+        results[f"us_with_{size}_clients"] = round(best * 1e6)
     return results
 
 
@@ -185,6 +208,7 @@ def floods() -> dict[str, Any]:
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "client_names": client_names,
     "gateway_clients": gateway_clients,
+    "gateway_endings": gateway_endings,
     "gateway_names": gateway_names,
     "floods": floods,
 }
