@@ -8,6 +8,7 @@ from fz_core.packet import DropReason, Packet, build_tcp, build_udp
 
 ADDRESSES = {4: (bytes([10, 0, 0, 1]), bytes([10, 0, 0, 2])), 6: (bytes(15) + b"\1", bytes(15) + b"\2")}
 TCP, UDP = 6, 17
+KINDS = [(4, TCP), (6, TCP), (4, UDP), (6, UDP)]
 ACK, PSH = 0x10, 0x08
 NO_OFFLOAD = bytes(10)
 GSO_TYPE = {(4, TCP): 1, (6, TCP): 4, (4, UDP): 5, (6, UDP): 5}

@@ -9,17 +9,22 @@ import os
 import select
 import socket
 import struct
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 from fz_core.fastpath import Pump, split_super_packet
 from fz_core.linux import UdpSocket
 from fz_core.packet import Packet, to_family
 from fz_core.tunnel.verdict import FlowKey
-from tests.unit.fastpath.offload_reference import NO_OFFLOAD, vnet
+from tests.unit.fastpath.offload_reference import NO_OFFLOAD, TCP, UDP, vnet
 from tests.unit.wireguard.wireguard_pair import Pair
 
 FROM_DEVICE, DATAGRAM, OPENED, FORGED, NO_PACKET = range(5)
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
+OTHER = {
+    4: (ip_address("203.0.113.9").packed, ip_address("198.51.100.77").packed),
+    6: (ip_address("2001:db8::9").packed, ip_address("2001:db8:ffff::77").packed),
+}
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 RELAY_PORT = 3478
 FOREVER = float("inf")
@@ -221,6 +226,18 @@ def as_seen(write: bytes) -> list[bytes]:
     packets = split_super_packet(write)
     assert isinstance(packets, list), (packets, write[:10])
     return [packet.data for packet in packets]
+
+
+def translated(packet: Packet, version: int) -> FlowKey:
+    """Other addresses and ports, maybe of the other family."""
+    if packet.protocol in (TCP, UDP):
+        return FlowKey(version, packet.protocol, *OTHER[version], 1, 65_535)
+    return FlowKey(version, {4: 1, 6: 58}[version], *OTHER[version], 65_535, 65_535)
+
+
+def unnumbered(packet: bytes) -> bytes:
+    """Without IPv4 identification and header checksum, which a family translation chooses."""
+    return packet[:4] + bytes(2) + packet[6:10] + bytes(2) + packet[12:] if packet[0] >> 4 == 4 else packet
 
 
 def rewritten(packet: Packet, after: FlowKey) -> Packet:

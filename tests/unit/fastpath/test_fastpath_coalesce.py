@@ -11,6 +11,7 @@ from offload_reference import (
     ACK,
     ADDRESSES,
     GSO_TYPE,
+    KINDS,
     NO_OFFLOAD,
     PSH,
     TCP,
@@ -23,8 +24,6 @@ from offload_reference import (
 
 from fz_core.fastpath import Coalescer, split_super_packet
 from fz_core.packet import DropReason, Packet, build_echo
-
-KINDS = [(4, TCP), (6, TCP), (4, UDP), (6, UDP)]
 
 
 def coalesce(packets: list[Packet], enabled: bool = True) -> list[bytes]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from offload_reference import (
     ACK,
     ADDRESSES,
+    KINDS,
     NO_OFFLOAD,
     PSH,
     TCP,
@@ -25,7 +26,6 @@ from fz_core.fastpath import split_super_packet
 from fz_core.packet import DropCounter, DropReason, Packet, build_tcp, build_udp, verify_checksums
 
 FIN, CWR, ECE = 0x01, 0x80, 0x40
-KINDS = [(4, TCP), (6, TCP), (4, UDP), (6, UDP)]
 
 
 def split(data: bytes) -> list[Packet]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-
-import pytest
 
 from fz_core.driver import clock
 from fz_core.packet import Packet
@@ -13,13 +10,6 @@ from tests.unit.fastpath.offload_reference import TCP, UDP, packet_of, super_pac
 from tests.unit.fastpath.pump_rig import Rig
 
 TURN = 0.01  # seconds between turns of a pump that is too slow for its senders
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    rig = Rig()
-    yield rig
-    rig.close()
 
 
 def trains(count: int, ecn: int = 0) -> list[list[Packet]]:
