@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from ipaddress import ip_address, ip_network
 from random import Random
 from typing import Any
 
 import dns.message
 import pytest
-from verdict_twins import Twins
+from verdict_run import ACK, CREDENTIALS, EPOCH, FIN, RST, START, SYN, VerdictRun, packed, run_all, tracking
 
 from fz_core.crypto import PrivateKey
 from fz_core.packet import Packet, build_echo, build_icmp_prohibited, build_icmp_unreachable, build_tcp, build_udp
 from fz_core.portal import client as c
 from fz_core.portal.types import (
-    NO_FLOW_LOGS,
     Authorization,
     CidrResource,
     DnsResource,
     Filter,
-    FlowLogs,
-    IceCredentials,
     Interface,
     InternetResource,
     PoolDevice,
@@ -30,16 +26,11 @@ from fz_core.portal.types import (
 )
 from fz_core.tunnel import ClientTunnel, control
 from fz_core.tunnel.events import SendToPortal
-from fz_core.tunnel.flow_tracking import FlowTracking
-from fz_core.tunnel.flows import FlowTracker
 from fz_core.tunnel.verdict import FlowKey
 from tests.unit.tunnel.flow_samples import token_text
 
-EPOCH = 1.7e9
 TOKEN = token_text()
 MOST = 12
-ON = FlowLogs("https://api.example", 60, 0)
-SYN, ACK, FIN, RST = 0x02, 0x10, 0x01, 0x04
 SITE = (Site("site", "site"),)
 OWN = [("100.64.0.9", "fd00:2021:1111::9"), ("100.64.0.10", "fd00:2021:1111::10")]
 GATEWAYS = {"g1": ("100.64.3.1", "fd00:2021:1111::301"), "g2": ("100.64.3.2", "fd00:2021:1111::302")}
@@ -49,28 +40,22 @@ NAMES = ["a.corp.example", "b.corp.example", "c.corp.example", "d.corp.example"]
 UPSTREAMS = ["192.0.2.53", "10.0.0.53"]
 SENTINEL = "100.100.111.1"
 PLACES = ["10.0.0.5", "10.9.9.9", "1.1.1.1", "2001:db8::5", "192.0.2.53", "10.0.0.53"]
-CREDENTIALS = IceCredentials("abcd", "x" * 22), IceCredentials("efgh", "y" * 22)
 REASONS = [c.FailReason.OFFLINE, c.FailReason.FORBIDDEN]
 
 
-def packed(text: str) -> bytes:
-    return ip_address(text).packed
-
-
-class ClientRun:
+class ClientRun(VerdictRun):
     """One seed."""
 
-    def __init__(self, seed: int, is_tracking: bool) -> None:
-        self.random = Random(seed)
+    payloads = (1, 100)
 
+    def __init__(self, seed: int, is_tracking: bool) -> None:
         def new_role() -> ClientTunnel:
-            flows = FlowTracking("client", EPOCH, has_spool=is_tracking)
-            flows._new_tracker = lambda: FlowTracker("client", EPOCH, MOST, flows.revoked)  # type: ignore[method-assign]
-            role = ClientTunnel(PrivateKey(b"\x01" * 32), 50.0, EPOCH, Random(seed).randbytes, flows=flows)
+            flows = tracking("client", MOST, is_on=is_tracking)
+            role = ClientTunnel(PrivateKey(b"\x01" * 32), START, EPOCH, Random(seed).randbytes, flows=flows)
             role._names._max_names = 3
             return role
 
-        self.twins = Twins(new_role, 50.0)
+        super().__init__(seed, new_role)
         self.own = OWN[0]
         self.seen: list[FlowKey] = []  # as sent or delivered
         self.heard: list[tuple[str, FlowKey]] = []
@@ -87,7 +72,7 @@ class ClientRun:
             self.resync, self.configure, self.add, self.add, self.remove, self.fail_request, self.admit_device,
             self.admit_device, self.admit_device, self.change_filters, self.reject, self.deny_device,
             self.toggle_internet, self.change_resolvers, self.change_resolvers, self.connect, self.lose, self.move,
-            self.age, self.goodbye, self.any_status,
+            self.grow_old, self.goodbye, self.any_status,
             self.end_flow, self.refuse, self.reset, self.tell_candidates,
         ]  # fmt: skip
         for _ in range(steps):
@@ -129,15 +114,6 @@ class ClientRun:
                 flags = self.random.choice([SYN, ACK, ACK, ACK | FIN, RST])
                 return build_tcp(packed(src), packed(dst), sport, dport, flags, payload=payload)
         return build_echo(packed(src), packed(dst), sport, 1, payload)
-
-    def like(self, key: FlowKey) -> Packet:
-        """A packet of a flow."""
-        payload = bytes(self.random.choice([1, 100]))
-        if key.protocol == 17:
-            return build_udp(key.src, key.dst, key.src_port, key.dst_port, payload)
-        if key.protocol == 6:
-            return build_tcp(key.src, key.dst, key.src_port, key.dst_port, ACK, payload=payload)
-        return build_echo(key.src, key.dst, key.src_port, 1, payload, reply=self.random.random() < 0.5)
 
     def send(self) -> None:
         """To a resource, a name, a gateway, a device, or ourselves."""
@@ -184,9 +160,6 @@ class ClientRun:
             peer, key = self.random.choice(self.heard)
             self.take(peer, self.like(key))
 
-    def probe(self) -> None:
-        self.twins.probe(self.like, self.random, 5)
-
     def end_flow(self) -> None:
         """FIN or RST of what is in force."""
         for verdict in self.twins.table.in_force(self.twins.now):
@@ -226,12 +199,6 @@ class ClientRun:
 
     # what the portal says
 
-    def tell(self, message: Any) -> None:
-        self.twins.do(lambda role: role.handle_portal_message(message, self.twins.now))
-
-    def expiry(self) -> int | None:
-        return self.random.choice([None, None, int(EPOCH + self.twins.now + self.random.choice([-1, 3, 30, 500]))])
-
     def token(self) -> str:
         return self.random.choice([TOKEN, TOKEN, ""])
 
@@ -257,7 +224,7 @@ class ClientRun:
         return Interface(v4, v6, upstreams)  # type: ignore[arg-type]
 
     def resync(self) -> None:
-        logs = ON if self.random.random() < 0.9 else NO_FLOW_LOGS
+        logs = self.logs()
         resources = tuple(self.resource(n) for n in range(8) if n < 6 or self.random.random() < 0.3)
         grants = [(d, f"p{n}") for d in DEVICES for n in range(2) if self.random.random() < 0.8]
         listed = tuple(Authorization(*pair, self.expiry()) for pair in grants)
@@ -347,11 +314,6 @@ class ClientRun:
     def fail_request(self) -> None:
         self.tell(c.AuthorizationCreationFailed(f"r{self.random.randrange(8)}", self.random.choice(REASONS)))
 
-    def tell_candidates(self) -> None:
-        generation = self.twins.fast.generation
-        self.tell(c.RelaysPresence((), ()))
-        assert self.twins.fast.generation == generation
-
     # what the owner and the node say
 
     def toggle_internet(self) -> None:
@@ -383,14 +345,9 @@ class ClientRun:
         if peer in self.twins.node.paths:
             self.twins.settle(lambda node: node.move(peer))
 
-    def age(self) -> None:
-        """While a packet waits for a handshake nothing is offered; afterwards it is."""
-        peers = list(self.twins.node.paths)
-        self.twins.do(lambda role: role.node.aged.update(peers))
+    def grow_old(self) -> None:
         fresh = build_udp(packed(self.own[0]), packed("10.0.0.5"), self.random.randrange(6000, 65536), 80)
-        self.twins.from_device(fresh)
-        assert all(verdict.before != FlowKey.of(fresh) for verdict in self.twins.table.in_force(self.twins.now))
-        self.twins.do(lambda role: role.node.aged.clear())
+        self.age(list(self.twins.node.paths), fresh)
 
     def wait(self) -> None:
         self.twins.advance(self.random.choice([0.1, 0.1, 0.1, 1.0, 2.0, 2.0, 5.0, 30.0, 58.0, 118.0, 121.0]))
@@ -406,18 +363,7 @@ def narrow(role: Any) -> None:
 
 @pytest.mark.parametrize("is_tracking", [False, True])
 def test_a_flow_table_changes_nothing(is_tracking: bool) -> None:
-    carried: Counter[str] = Counter()
-    voided: Counter[str] = Counter()
-    records = 0
-    for seed in range(60):
-        run = ClientRun(seed, is_tracking)
-        try:
-            run.run(500)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed} at {run.twins.now}") from error
-        carried += run.twins.carried
-        voided += run.twins.table.voided
-        records += run.twins.records
+    carried, voided, records = run_all(60, lambda seed: ClientRun(seed, is_tracking))
     for way in ("in", "out"):
         for protocol in ("tcp", "udp", "echo"):
             assert carried[f"{way} {protocol} as is"] > 100, carried

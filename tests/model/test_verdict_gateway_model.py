@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from ipaddress import ip_address, ip_network
 from random import Random
 from typing import Any
 
 import pytest
-from verdict_twins import Twins
+from verdict_run import (
+    ACK,
+    CREDENTIALS,
+    EPOCH,
+    FIN,
+    MAX_TCP_PAYLOAD,
+    RST,
+    START,
+    SYN,
+    VerdictRun,
+    packed,
+    run_all,
+    tracking,
+)
 
 from fz_core.crypto import PrivateKey
 from fz_core.packet import Packet, build_echo, build_icmp, build_icmp_unreachable, build_ip, build_tcp, build_udp
 from fz_core.portal import client as c
 from fz_core.portal import gateway as g
 from fz_core.portal.types import (
-    NO_FLOW_LOGS,
     Authorization,
     CidrResource,
     DnsResource,
     Filter,
-    FlowLogs,
     GatewayInterface,
-    IceCredentials,
     InternetResource,
     ProxiedName,
 )
 from fz_core.tunnel import GatewayTunnel, control
 from fz_core.tunnel.events import ResolveName
-from fz_core.tunnel.flow_tracking import FlowTracking
-from fz_core.tunnel.flows import FlowTracker
 from fz_core.tunnel.verdict import FlowKey
 from tests.unit.tunnel.flow_samples import token_text
 
-EPOCH = 1.7e9
 TOKEN = token_text(role="responder")
 MOST = 6
-ON = FlowLogs("https://api.example", 60, 0)
-SYN, ACK, FIN, RST = 0x02, 0x10, 0x01, 0x04
 OWN = [("100.64.0.1", "fd00:2021:1111::1"), ("100.64.0.2", "fd00:2021:1111::2")]
 CLIENTS = ["one", "two", "three"]
 IPS = [
@@ -52,11 +56,6 @@ REAL = ["192.0.2.1", "192.0.2.2", "10.0.0.5", "10.0.0.5", "2001:db8::5", "2001:d
 DESTINATIONS = [*PROXIES * 4, "10.0.0.5", "10.0.0.6", "10.9.9.9", "1.1.1.1", "2001:db8::5", "192.0.2.1"]
 ODD = ["100.64.0.1", "100.64.1.2", "224.0.0.1", "fd00:2021:1111::1", "100.64.0.2"]
 SOURCES = [80, 5000, 5000, 5001, 5002]
-CREDENTIALS = IceCredentials("abcd", "x" * 22), IceCredentials("efgh", "y" * 22)
-
-
-def packed(text: str) -> bytes:
-    return ip_address(text).packed
 
 
 def resource(number: int, filters: tuple[Filter, ...]) -> Any:
@@ -72,18 +71,17 @@ def resource(number: int, filters: tuple[Filter, ...]) -> Any:
     return kinds[number]
 
 
-class GatewayRun:
+class GatewayRun(VerdictRun):
     """One seed."""
 
+    payloads = (1, 100, 1225)
+
     def __init__(self, seed: int, is_tracking: bool) -> None:
-        self.random = Random(seed)
-
         def new_role() -> GatewayTunnel:
-            flows = FlowTracking("gateway", EPOCH, has_spool=is_tracking)
-            flows._new_tracker = lambda: FlowTracker("gateway", EPOCH, MOST, flows.revoked)  # type: ignore[method-assign]
-            return GatewayTunnel(PrivateKey(b"\x01" * 32), 50.0, EPOCH, Random(seed).randbytes, flows=flows)
+            flows = tracking("gateway", MOST, is_on=is_tracking)
+            return GatewayTunnel(PrivateKey(b"\x01" * 32), START, EPOCH, Random(seed).randbytes, flows=flows)
 
-        self.twins = Twins(new_role, 50.0)
+        super().__init__(seed, new_role)
         self.ips = dict(zip(CLIENTS, IPS, strict=True))
         self.seen: list[tuple[str, FlowKey]] = []
         self.asked: list[tuple[str, FlowKey]] = []
@@ -97,7 +95,7 @@ class GatewayRun:
         )
         rare = [
             self.grant, self.grant, self.revoke, self.update, self.resync, self.goodbye, self.connect, self.lose,
-            self.move, self.age, self.legacy, self.take_over, self.end_flow, self.refuse, self.tell_candidates,
+            self.move, self.grow_old, self.legacy, self.take_over, self.end_flow, self.refuse, self.tell_candidates,
         ]  # fmt: skip
         for _ in range(6):
             self.grant()
@@ -122,21 +120,12 @@ class GatewayRun:
             case "udp":
                 return build_udp(src, dst, sport, dport, payload)
             case "tcp":
-                return build_tcp(src, dst, sport, dport, flags, payload=payload[:1200])
+                return build_tcp(src, dst, sport, dport, flags, payload=payload[:MAX_TCP_PAYLOAD])
             case "echo":
                 return build_echo(src, dst, sport, 1, payload, reply=self.random.random() < 0.5)
             case "icmp":
                 return build_icmp(src, dst, 13 if len(src) == 4 else 133, 0, bytes(16))
         return build_ip(src, dst, 47, bytes(8))
-
-    def like(self, key: FlowKey) -> Packet:
-        """A packet of a flow."""
-        payload = bytes(self.random.choice([1, 100, 1225]))
-        if key.protocol == 17:
-            return build_udp(key.src, key.dst, key.src_port, key.dst_port, payload)
-        if key.protocol == 6:
-            return build_tcp(key.src, key.dst, key.src_port, key.dst_port, ACK, payload=payload[:1200])
-        return build_echo(key.src, key.dst, key.src_port, 1, payload, reply=self.random.random() < 0.5)
 
     def flags(self) -> int:
         return self.random.choice([SYN, ACK, ACK, ACK, ACK, ACK | FIN, RST])
@@ -198,19 +187,10 @@ class GatewayRun:
         if self.seen:
             self.twins.from_device(build_icmp_unreachable(self.like(self.random.choice(self.seen)[1])))
 
-    def probe(self) -> None:
-        self.twins.probe(self.like, self.random, 5)
-
     # what the portal says
 
-    def expiry(self) -> int | None:
-        return self.random.choice([None, None, int(EPOCH + self.twins.now + self.random.choice([-1, 3, 30, 500]))])
-
-    def tell(self, message: Any) -> None:
-        self.twins.do(lambda role: role.handle_portal_message(message, self.twins.now))
-
     def init(self, authorizations: tuple[Authorization, ...]) -> None:
-        logs = ON if self.random.random() < 0.9 else NO_FLOW_LOGS
+        logs = self.logs()
         v4, v6 = (ip_address(ip) for ip in self.own)
         self.tell(g.Init(GatewayInterface(v4, v6), (), authorizations, None, logs))  # type: ignore[arg-type]
 
@@ -256,11 +236,6 @@ class GatewayRun:
         self.ips[one] = self.random.choice([self.ips[other], *IPS])
         self.grant()
 
-    def tell_candidates(self) -> None:
-        generation = self.twins.fast.generation
-        self.tell(c.RelaysPresence((), ()))
-        assert self.twins.fast.generation == generation
-
     # what clients say
 
     def announce(self) -> None:
@@ -296,14 +271,9 @@ class GatewayRun:
         client = self.random.choice(CLIENTS)
         self.twins.settle(lambda node: node.move(client))
 
-    def age(self) -> None:
-        """The session is too old to send, or there is a new one: the pump knows by itself."""
-        self.twins.do(lambda role: role.node.aged.update(CLIENTS))
+    def grow_old(self) -> None:
         dst = packed(self.ips[self.random.choice(CLIENTS)][0])
-        fresh = build_udp(packed(self.own[0]), dst, 1, self.random.randrange(6000, 65536))
-        self.twins.from_device(fresh)
-        assert all(verdict.before != FlowKey.of(fresh) for verdict in self.twins.table.in_force(self.twins.now))
-        self.twins.do(lambda role: role.node.aged.clear())
+        self.age(CLIENTS, build_udp(packed(self.own[0]), dst, 1, self.random.randrange(6000, 65536)))
 
     def wait(self) -> None:
         self.twins.advance(self.random.choice([0.1, 0.1, 0.1, 1.0, 1.0, 4.0, 5.0, 30.0, 58.0, 60.0, 118.0, 121.0]))
@@ -320,18 +290,7 @@ def narrow(role: Any) -> None:
 
 @pytest.mark.parametrize("is_tracking", [False, True])
 def test_a_flow_table_changes_nothing(is_tracking: bool) -> None:
-    carried: Counter[str] = Counter()
-    voided: Counter[str] = Counter()
-    records = 0
-    for seed in range(120):
-        run = GatewayRun(seed, is_tracking)
-        try:
-            run.run(500)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed} at {run.twins.now}") from error
-        carried += run.twins.carried
-        voided += run.twins.table.voided
-        records += run.twins.records
+    carried, voided, records = run_all(120, lambda seed: GatewayRun(seed, is_tracking))
     for way in ("in", "out"):
         for protocol in ("tcp", "udp", "echo"):
             for change in ("as is", "translated", "crossing"):
