@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 
 import pytest
-from test_turn_server import ALLOCATE, BINDING, CLIENT, CLIENT2, DUAL, PEER, REFRESH, UDP4, UNIX_NOW, Relay, code_of
+from relay_scene import ALLOCATE, BINDING, CLIENT, CLIENT2, DUAL, PEER, REFRESH, UDP4, UNIX_NOW, Relay, code_of
 
 from fz_core.packet import Address, DropReason
 from fz_core.stun import build
