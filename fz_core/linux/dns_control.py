@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fz_core.linux.errors import HostError
+from fz_core.linux.whole_file import sync_folder, write_whole
 
 METHODS = ("systemd-resolved", "etc-resolv-conf", "disabled")
 MARKER = "# BEGIN Firezone DNS configuration"
@@ -209,15 +210,8 @@ class ResolvConf:
         """Replace the backup, all or nothing, also if power fails."""
         temporary = self.backup.with_name(f"{self.backup.name}.tmp")
         try:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            with os.fdopen(os.open(temporary, flags, 0o644), "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.backup)
-            _sync_folder(self.backup.parent)
+            write_whole(self.backup, text.encode(), unfinished=temporary, mode=0o644)
+            sync_folder(self.backup.parent)
         except OSError as error:
             raise HostError(f"cannot write {self.backup} ({error.strerror}), so {self.path} stays as it is") from None
 
@@ -330,14 +324,6 @@ def _decode(data: bytes, path: Path) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise HostError(f"{path} is not UTF-8 text: correct it") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _packed(words: Iterable[str]) -> tuple[bytes, ...]:

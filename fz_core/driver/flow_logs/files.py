@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fz_core.linux.whole_file import sync_folder, write_whole
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord, IngestToken, to_json
 
@@ -85,7 +86,7 @@ def make_directories(root: Path, *below: Path) -> None:
     for path in (root, *below):
         try:
             path.mkdir(mode=0o700)
-            sync_directory(path.parent)
+            sync_folder(path.parent)
         except FileExistsError:
             if path.stat().st_mode & 0o077:
                 path.chmod(0o700)
@@ -93,27 +94,7 @@ def make_directories(root: Path, *below: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write all or nothing, and on the disk; only the name is for the caller to sync."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.unlink(missing_ok=True)
-    fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(fd)
-        unfinished.rename(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory survive a crash."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    write_whole(path, content, unfinished=path.with_name(f".{path.name}.{os.getpid()}"), mode=0o600)
 
 
 def write_settings(root: Path, settings: FlowLogs) -> None:
@@ -129,7 +110,7 @@ def write_settings(root: Path, settings: FlowLogs) -> None:
         "batch_size": settings.upload_batch_size,
     }
     write_atomically(path, json.dumps(content).encode())
-    sync_directory(root)
+    sync_folder(root)
 
 
 # reading

@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from fz_core.driver.flow_logs import files
+from fz_core.linux.whole_file import sync_folder
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import FlowRecord
 
@@ -114,7 +115,7 @@ class FlowSpool:
                 self._fail(str(error))
         for directory in touched:
             try:
-                files.sync_directory(directory)
+                sync_folder(directory)
             except OSError as error:
                 self._fail(str(error))
 
