@@ -140,13 +140,15 @@ class FlowTracker:
         """Let a verdict about a packet that was just counted stand on its flow; False if no flow goes on.
 
         Flows are named as the resource sees them: a gateway translates what it gets from a peer before it counts.
+        From an initiator who has sent nothing but SYNs all is counted here: what follows, if it were carried, would be
+        noted later than another SYN comes, which would then look like one more of the same.
         """
         seen = verdict.after if verdict.is_inbound else verdict.before
         if seen.protocol != TCP and seen.protocol != UDP:
             return True
         key = seen if is_tx else seen.back
         flow = self._flows.get((verdict.peer_id, key.protocol, key.src, key.src_port, key.dst, key.dst_port))
-        if flow is None or flow.is_closing:
+        if flow is None or flow.is_closing or (is_tx and key.protocol == TCP and not flow.tx_beyond_syn):
             return False
         verdict.stand_on(flow.lifetime, partial(self._note_carried, flow, is_tx))
         flow.bear(verdict, self._revoked)

@@ -297,15 +297,18 @@ def test_what_is_noted_of_a_flow_that_ended_counts_until_it_is_reported() -> Non
     assert logged.ends() == []
 
 
-def test_a_carried_packet_is_beyond_the_syn() -> None:
+def test_after_nothing_but_syns_the_next_packet_is_counted_before_any_is_carried() -> None:
+    """What is carried is noted later: until then another SYN would look like one more of the same connection."""
     logged = Logged()
-    verdict = logged.tx(SYN, payload=b"")
-    assert logged.flows.support(verdict, is_tx=True)
+    assert not logged.flows.support(logged.tx(SYN, payload=b""), is_tx=True)
+    answer = logged.rx(ACK | SYN)
+    assert logged.flows.support(answer, is_tx=False)
+    assert not logged.flows.support(logged.tx(SYN, payload=b""), is_tx=True)
+    there = logged.tx(ACK)
+    assert logged.flows.support(there, is_tx=True)
     logged.tx(SYN, payload=b"")
-    assert logged.ends() == []
-    verdict.note(1, 0, 0.0)
-    logged.tx(SYN, payload=b"")
-    assert [count for count, *_ in logged.ends()] == [3]
+    there.note(1, 6, 0.0)
+    assert [count for count, *_ in logged.ends()] == [4]
 
 
 @pytest.mark.parametrize("is_reset", [True, False])
