@@ -54,14 +54,7 @@ def parser() -> OptionParser:
         default="human",
         help="of the log lines",
     )
-    p.add_option(
-        "--flow-logs", env="FIREZONE_FLOW_LOGS", action="store_true", default=False,
-        help="log flows at target flow_logs, and track them even if the portal does not want them",
-    )  # fmt: skip
-    p.add_option(
-        "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
-        help="accepted; this program never sends any",
-    )  # fmt: skip
+    p.add_reporting_options()
     p.add_option("--no-check", action="store_true", default=False, help="skip the privilege check")
     p.add_option(
         "--no-inc-buf", env="FIREZONE_NO_INC_BUF", action="store_true", default=False,

@@ -63,14 +63,7 @@ def parser() -> OptionParser:
         default="systemd-resolved",
         help="how the host's DNS is pointed at the tunnel, so that names of resources resolve",
     )
-    p.add_option(
-        "--flow-logs", env="FIREZONE_FLOW_LOGS", action="store_true", default=False,
-        help="log flows at target flow_logs, and track them even if the portal does not want them",
-    )  # fmt: skip
-    p.add_option(
-        "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
-        help="accepted; this program never sends any",
-    )  # fmt: skip
+    p.add_reporting_options()
     p.add_option(
         "--inc-buf", env="FIREZONE_INC_BUF", action="store_true", default=False,
         help="raise net.core.rmem_max and wmem_max",

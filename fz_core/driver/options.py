@@ -54,6 +54,17 @@ class OptionParser(argparse.ArgumentParser):
         if env:
             self._variables.append((action, env, type))
 
+    def add_reporting_options(self) -> None:
+        """What both ends of a tunnel are told about flow logs and telemetry."""
+        self.add_option(
+            "--flow-logs", env="FIREZONE_FLOW_LOGS", action="store_true", default=False,
+            help="log flows at target flow_logs, and track them even if the portal does not want them",
+        )  # fmt: skip
+        self.add_option(
+            "--no-telemetry", env="FIREZONE_NO_TELEMETRY", action="store_true", default=False,
+            help="accepted; this program never sends any",
+        )  # fmt: skip
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         # Variables become defaults first, so that anything on the command line wins.
         for action, name, read in self._variables:
