@@ -2,6 +2,8 @@
 
 from libc.stdint cimport uint64_t
 
+from fz_core.wireguard.shared cimport fz_word_get, fz_word_set
+
 cdef enum:
     WINDOW = 8192
     WORDS = 129            # WINDOW / 64, and one word that is being overwritten
@@ -12,12 +14,16 @@ ctypedef struct ReplayWindow:
 
 
 cdef inline bint replay_is_fresh(const ReplayWindow *window, uint64_t counter) noexcept nogil:
-    """Whether the counter is neither seen nor behind the window. Changes nothing."""
-    if counter >= window.next:
+    """Whether the counter is neither seen nor behind the window. Changes nothing.
+
+    Beside a `replay_mark` it may call fresh what is not: ask again under the lock. What it calls stale is stale.
+    """
+    cdef uint64_t next = fz_word_get(&window.next)
+    if counter >= next:
         return counter < <uint64_t>0xFFFFFFFFFFFFDFFF   # REJECT_AFTER_MESSAGES, paper section 6.1
-    if window.next - counter > WINDOW:
+    if next - counter > WINDOW:
         return False
-    return not (window.seen[(counter >> 6) % WORDS] >> (counter & 63)) & 1
+    return not (fz_word_get(&window.seen[(counter >> 6) % WORDS]) >> (counter & 63)) & 1
 
 
 cdef inline void replay_mark(ReplayWindow *window, uint64_t counter) noexcept nogil:
@@ -30,7 +36,8 @@ cdef inline void replay_mark(ReplayWindow *window, uint64_t counter) noexcept no
         if steps > WORDS:
             steps = WORDS
         while steps:
-            window.seen[(word - steps + 1) % WORDS] = 0
+            fz_word_set(&window.seen[(word - steps + 1) % WORDS], 0)
             steps -= 1
-        window.next = counter + 1
-    window.seen[(counter >> 6) % WORDS] |= <uint64_t>1 << (counter & 63)
+        fz_word_set(&window.next, counter + 1)
+    word = (counter >> 6) % WORDS
+    fz_word_set(&window.seen[word], window.seen[word] | <uint64_t>1 << (counter & 63))

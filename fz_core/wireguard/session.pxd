@@ -25,9 +25,9 @@ ctypedef struct SessionState:
     uint32_t remote_index
     double send_until          # not sealed with from then on; the caller checks
     double receive_until       # not opened with from then on; the caller checks
-    bint data_sent             # something other than keep-alives
+    bint data_sent             # something other than keep-alives; both as `shared.pxd` does it
     bint data_received
-    char lock                  # guards `replay`
+    char lock                  # guards changes of `replay`
     ReplayWindow replay
 
 # Writes DATA_OVERHEAD + length bytes to `out` and returns that count, or EXHAUSTED. The plaintext

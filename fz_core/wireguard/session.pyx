@@ -12,6 +12,7 @@ from fz_core.crypto.cipher cimport AeadKey, aead_init, aead_open, aead_seal, aea
 from fz_core.crypto.sodium cimport sodium_memzero
 from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD, MESSAGE_DATA
 from fz_core.wireguard.replay cimport replay_is_fresh, replay_mark
+from fz_core.wireguard.shared cimport fz_flag_set, fz_word_get
 
 cdef extern from "endian.h" nogil:
     uint32_t htole32(uint32_t value)
@@ -21,12 +22,10 @@ cdef extern from "endian.h" nogil:
 cdef extern from *:
     """
     #include <sched.h>
-    #define fz_load(counter) __atomic_load_n(counter, __ATOMIC_RELAXED)
     #define fz_take(counter) __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)
     #define fz_acquire(lock) while (__atomic_test_and_set(lock, __ATOMIC_ACQUIRE)) sched_yield()
     #define fz_release(lock) __atomic_clear(lock, __ATOMIC_RELEASE)
     """
-    uint64_t fz_load(uint64_t *counter) noexcept nogil
     uint64_t fz_take(uint64_t *counter) noexcept nogil
     void fz_acquire(char *lock) noexcept nogil
     void fz_release(char *lock) noexcept nogil
@@ -93,13 +92,13 @@ cdef Py_ssize_t session_seal_with(
     SessionState *state, AeadKey *key, const uint8_t *plaintext, Py_ssize_t length, uint8_t *out
 ) noexcept nogil:
     cdef uint64_t counter
-    if fz_load(&state.send_counter) >= REJECT_AFTER_MESSAGES:
+    if fz_word_get(&state.send_counter) >= REJECT_AFTER_MESSAGES:
         return EXHAUSTED
     counter = fz_take(&state.send_counter)
     _write_header(out, state.remote_index, counter)
     aead_seal(key, out + DATA_HEADER_LENGTH, plaintext, length, counter)
     if length > 0:
-        state.data_sent = True
+        fz_flag_set(&state.data_sent, True)
     return length + DATA_OVERHEAD
 
 
@@ -121,7 +120,7 @@ cdef Py_ssize_t session_open_with(
     if not is_fresh:
         return REPLAYED
     if length > DATA_OVERHEAD:
-        state.data_received = True
+        fz_flag_set(&state.data_received, True)
     return length - DATA_OVERHEAD
 
 

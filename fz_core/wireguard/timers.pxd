@@ -1,9 +1,11 @@
-# When a tunnel must act. `Traffic` is what packets change; a pump updates it without the GIL.
+# When a tunnel must act. `Traffic` is what packets change; a pump updates it without the GIL, and maybe with one thread
+# for each direction: so its numbers are only touched as `shared.pxd` does it. No two of them have to fit together.
 
 cimport cython
 from libc.math cimport INFINITY
 
 from fz_core.wireguard.session cimport Session
+from fz_core.wireguard.shared cimport fz_time_get, fz_time_set
 
 ctypedef struct Traffic:
     double sent_at              # last authenticated datagram of any kind; -INFINITY for never
@@ -24,18 +26,18 @@ cdef enum Action:
 
 cdef inline void traffic_sent(Traffic *traffic, bint is_data, double now) noexcept nogil:
     """Any authenticated datagram left; `is_data` is false for keep-alives and handshakes."""
-    traffic.sent_at = now
-    traffic.unacknowledged_since = INFINITY
-    if is_data and traffic.unanswered_since == INFINITY:
-        traffic.unanswered_since = now
+    fz_time_set(&traffic.sent_at, now)
+    fz_time_set(&traffic.unacknowledged_since, INFINITY)
+    if is_data and fz_time_get(&traffic.unanswered_since) == INFINITY:
+        fz_time_set(&traffic.unanswered_since, now)
 
 
 cdef inline void traffic_received(Traffic *traffic, bint is_data, double now) noexcept nogil:
     """Any authenticated datagram came; `is_data` is false for keep-alives and handshakes."""
-    traffic.received_at = now
-    traffic.unanswered_since = INFINITY
-    if is_data and traffic.unacknowledged_since == INFINITY:
-        traffic.unacknowledged_since = now
+    fz_time_set(&traffic.received_at, now)
+    fz_time_set(&traffic.unanswered_since, INFINITY)
+    if is_data and fz_time_get(&traffic.unacknowledged_since) == INFINITY:
+        fz_time_set(&traffic.unacknowledged_since, now)
 
 
 @cython.final

@@ -12,6 +12,7 @@ from libc.math cimport INFINITY
 
 from fz_core.wireguard.protocol cimport REJECT_AFTER_TIME, REKEY_AFTER_TIME, WIPE_AFTER_TIME
 from fz_core.wireguard.session cimport Session
+from fz_core.wireguard.shared cimport fz_flag_get, fz_time_get, fz_time_set
 
 
 cdef class Timers:
@@ -39,7 +40,7 @@ cdef class Timers:
         self.attempt_started_at = INFINITY
         self.initiation_sent_at = INFINITY
         self.scheduled_at = INFINITY
-        self.traffic.unanswered_since = INFINITY
+        fz_time_set(&self.traffic.unanswered_since, INFINITY)
 
     cdef double next(self, Session current, Action *action) noexcept:
         """The next action and its time."""
@@ -67,12 +68,12 @@ cdef class Timers:
             other = self._rekey_at(current)
             if other < at:
                 at, action[0] = other, SCHEDULE_INITIATION
-            other = self.traffic.unacknowledged_since + self.keepalive_timeout
+            other = fz_time_get(&self.traffic.unacknowledged_since) + self.keepalive_timeout
             if other < at:
                 at, action[0] = other, SEND_KEEPALIVE
         if self.persistent_keepalive == INFINITY:
             return at
-        other = max(self.traffic.sent_at + self.persistent_keepalive, self.created_at)
+        other = max(fz_time_get(&self.traffic.sent_at) + self.persistent_keepalive, self.created_at)
         if other < at:
             at, action[0] = other, SEND_PERSISTENT
         return at
@@ -82,11 +83,11 @@ cdef class Timers:
         cdef double silence = self.keepalive_timeout + self.rekey_timeout
         cdef double at = INFINITY
         if not self.has_given_up or self.is_lazy:
-            at = self.traffic.unanswered_since + silence
+            at = fz_time_get(&self.traffic.unanswered_since) + silence
         if self.has_given_up or not current.is_initiator:
             return at
-        if current.state.data_received:
+        if fz_flag_get(&current.state.data_received):
             at = min(at, current.established_at + REJECT_AFTER_TIME - silence)
-        if current.state.data_sent:
+        if fz_flag_get(&current.state.data_sent):
             at = min(at, current.established_at + REKEY_AFTER_TIME)
         return at

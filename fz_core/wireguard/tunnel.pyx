@@ -32,6 +32,7 @@ from fz_core.wireguard.protocol cimport (
 )
 from fz_core.wireguard.rate_limit cimport RateLimiter
 from fz_core.wireguard.session cimport EXHAUSTED, REPLAYED, Session, inner_length, session_open, session_seal
+from fz_core.wireguard.shared cimport fz_time_get, fz_time_set
 from fz_core.wireguard.timers cimport (
     EXPIRE_SESSION, GIVE_UP, NOTHING, SCHEDULE_INITIATION, SEND_INITIATION, SEND_KEEPALIVE, SEND_PERSISTENT, WIPE,
     Action, Timers, traffic_received, traffic_sent,
@@ -134,13 +135,13 @@ cdef class Tunnel:
     @property
     def last_rx_at(self):
         """When an authenticated datagram last came, or None."""
-        at = self.timers.traffic.received_at
+        at = fz_time_get(&self.timers.traffic.received_at)
         return None if at == -INFINITY else at
 
     @property
     def last_tx_at(self):
         """When we last sent one, or None."""
-        at = self.timers.traffic.sent_at
+        at = fz_time_get(&self.timers.traffic.sent_at)
         return None if at == -INFINITY else at
 
     def current_session(self):
@@ -418,7 +419,7 @@ cdef class Tunnel:
         self._superseded = None
         self._queue.clear()
         self.timers.last_session_at = INFINITY
-        self.timers.traffic.unacknowledged_since = INFINITY
+        fz_time_set(&self.timers.traffic.unacknowledged_since, INFINITY)
 
     # timers
 
@@ -429,7 +430,7 @@ cdef class Tunnel:
         elif action == SCHEDULE_INITIATION:
             self.timers.scheduled_at = now + self._jitter()
         elif action == SEND_KEEPALIVE:
-            self.timers.traffic.unacknowledged_since = INFINITY
+            fz_time_set(&self.timers.traffic.unacknowledged_since, INFINITY)
             if _is_usable(self.current, now):
                 self._send_keepalive(now)
         elif action == SEND_PERSISTENT:
@@ -442,8 +443,8 @@ cdef class Tunnel:
             self._sessions[self.current.state.local_index % RING] = None
             self.current = None
             self.version += 1
-            self.timers.traffic.unanswered_since = INFINITY
-            self.timers.traffic.unacknowledged_since = INFINITY
+            fz_time_set(&self.timers.traffic.unanswered_since, INFINITY)
+            fz_time_set(&self.timers.traffic.unacknowledged_since, INFINITY)
             if renew:
                 self.timers.scheduled_at = now + self._jitter()
         elif action == GIVE_UP:
