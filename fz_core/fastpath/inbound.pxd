@@ -50,7 +50,7 @@ ctypedef struct Inbound:
     FlowTable flows
     PeerTable *peers
     Ring ring
-    int refused_merged         # the error with which the device first refused a merged packet
+    uint64_t refused_merged    # the error with which the device first refused a merged packet; atomic
     uint64_t received, signalled
     uint64_t calls, datagrams, packets, bytes, writes, oversized, malformed, errors, write_errors
     int last_error

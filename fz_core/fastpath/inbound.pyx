@@ -24,7 +24,7 @@ from fz_core.fastpath.ring cimport (
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_FIRSTHDR, CMSG_NXTHDR, IP_PKTINFO, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IPV6_TCLASS,
     MSG_CTRUNC, MSG_DONTWAIT, MSG_TRUNC, RELAY_PORT, SO_TIMESTAMPNS, SOL_SOCKET, SOL_UDP,
-    UDP_GRO, cmsghdr, fz_fence, fz_get, fz_timespec, fz_wall, htons, in6_pktinfo,
+    UDP_GRO, cmsghdr, fz_fence, fz_get, fz_set, fz_timespec, fz_wall, htons, in6_pktinfo,
     in_pktinfo, iovec, mmsghdr, msghdr, recvmmsg, sockaddr_in, sockaddr_in6, writev,
 )
 from fz_core.fastpath.virtio cimport (
@@ -37,6 +37,7 @@ from fz_core.packet.layout cimport MAX_PACKET, PARSE_OK, PROTO_TCP, PROTO_UDP, L
 from fz_core.wireguard.protocol cimport DATA_HEADER_LENGTH, DATA_OVERHEAD, MESSAGE_DATA
 from fz_core.wireguard.session cimport FORGED as SEAL_BROKEN
 from fz_core.wireguard.session cimport inner_length, session_open_with
+from fz_core.wireguard.shared cimport fz_time_set
 from fz_core.wireguard.timers cimport traffic_received
 
 cdef enum:
@@ -242,7 +243,7 @@ cdef void take_datagram(Inbound *inb, uint8_t *data, int size, Arrival *arrival,
             divert(inb, DATAGRAM, NONE, data, size, arrival)  # a replay, untouched
         return
     traffic_received(peer.traffic, opened > 0, now)
-    peer.unheard_since = INFINITY
+    fz_time_set(&peer.unheard_since, INFINITY)
     take_packet(inb, slot, datagram + DATA_HEADER_LENGTH, <int>opened, arrival, now)
 
 
@@ -475,7 +476,7 @@ cdef void write_run(Inbound *inb, Run *run) noexcept nogil:
         inb.last_error = errno
         if errno == EINVAL and run.count > 1:
             inb.merges = False  # single packets only, from now on
-            inb.refused_merged = errno
+            fz_set(&inb.refused_merged, <uint64_t>errno)
         return
     inb.writes += 1
 

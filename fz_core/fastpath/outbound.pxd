@@ -52,7 +52,7 @@ ctypedef struct Outbound:
     FlowTable flows
     PeerTable *peers
     Ring ring
-    bint device_failed
+    uint64_t device_failed     # atomic
     Refusal refusals[MAX_REFUSALS]
     int refusal_count
     uint64_t reads, packets, bytes, calls, datagrams, dropped, signalled

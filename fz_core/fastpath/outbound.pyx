@@ -23,7 +23,7 @@ from fz_core.fastpath.ring cimport FROM_DEVICE, Record, ring_bar, ring_free, rin
 from fz_core.fastpath.split cimport SPLIT_OK, SplitPlan, plan_split
 from fz_core.fastpath.system cimport (
     CMSG_DATA, CMSG_LEN, CMSG_SPACE, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_TCLASS, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_fence, fz_get, iovec, msghdr, sendmsg,
+    SOL_UDP, UDP_SEGMENT, cmsghdr, fz_fence, fz_get, fz_set, iovec, msghdr, sendmsg,
 )
 from fz_core.fastpath.virtio cimport (
     VNET_GSO_NONE, VNET_HEADER, VNET_NEEDS_CSUM, VnetHeader, read_vnet,
@@ -34,6 +34,7 @@ from fz_core.packet.checksum cimport (
 from fz_core.packet.layout cimport PARSE_OK, PROTO_TCP, PROTO_UDP, Layout, parse_layout
 from fz_core.wireguard.protocol cimport DATA_OVERHEAD
 from fz_core.wireguard.session cimport session_seal_with
+from fz_core.wireguard.shared cimport fz_time_get, fz_time_set
 from fz_core.wireguard.timers cimport traffic_sent
 
 cdef enum:
@@ -128,7 +129,7 @@ cdef void read_backlog(Outbound *out, double now) noexcept nogil:
         if size < 0 and errno == EINTR:
             continue
         if size >= 0 or errno != EAGAIN:
-            out.device_failed = True
+            fz_set(&out.device_failed, 1)
         out.is_drained = True
         return
 
@@ -298,8 +299,8 @@ cdef Peer *carrier_of(Outbound *out, const Flow *flow, const SplitPlan *plan, do
 cdef inline void note_sent(Outbound *out, uint32_t slot, Peer *peer, double now) noexcept nogil:
     traffic_sent(peer.traffic, True, now)
     peer.sent_at = now
-    if peer.unheard_since == INFINITY:
-        peer.unheard_since = now
+    if fz_time_get(&peer.unheard_since) == INFINITY:
+        fz_time_set(&peer.unheard_since, now)
     peers_touch(out.peers, slot, 0)
 
 

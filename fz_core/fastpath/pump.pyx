@@ -9,8 +9,18 @@
 
 Everything is decided elsewhere: the pump knows flows, sessions and ways, and nothing of policy. Whatever does not
 fit goes the slow way, in order: a packet never overtakes one of its own flow that the driver still has.
-Shared state is guarded by one mutex for each half, held for a batch; who wants it announces that, so that a busy
-pump makes room. Not here: the driver's side (`driver/carrier`).
+Not here: the driver's side (`driver/carrier`).
+
+Up to three threads share this state: the sending half, the receiving half, and the driver. Each half has a mutex, held
+for a batch; who else wants it announces that, so that a busy pump makes room. What belongs to which:
+- `_out` to the sending half's and `_in` to the receiving half's: flows, ring, sockets, batches, counters;
+- `_peers`, and what the driver says of a peer, to both: a half reads it under its own, only the driver writes it;
+- of a peer, `sent_at`, `is_single` and the sending key to the sending half's, `heard_at` and the receiving keys to the
+  receiving half's; `is_touched` and `touched` to one each;
+- to none, but atomic (`wireguard/shared.pxd`, `fz_get`): a peer's `unheard_since`, its tunnel's `Traffic`, what a session
+  counts, a ring's `done`, `barrier` and `dropped`, and all that is called atomic below. A session's replay window has
+  a lock of its own, for the driver opens datagrams too;
+- to the driver alone: `_held`, `_taken`; to the sending thread alone: `_shows_stall`, `_shown_on`.
 """
 
 cimport cython
@@ -18,7 +28,6 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
-from posix.unistd cimport close
 
 from fz_core.fastpath.flows cimport (
     INSTALLED, NONE, PENDING, Flow, FlowKey, FlowTable, flows_enter, flows_find,
@@ -29,16 +38,19 @@ from fz_core.fastpath.outbound cimport Outbound, outbound_forget, outbound_free,
 from fz_core.fastpath.peers cimport (
     SESSIONS, Peer, PeerTable, peers_add, peers_free, peers_init, peers_remove, time_of,
 )
+from fz_core.fastpath.polls cimport (
+    EVERYTHING, FROM_TUN, FROM_V4, FROM_V6, Density, Poll, is_dense, poll_close, poll_open, poll_wait, poll_watch,
+)
 from fz_core.fastpath.rewrite cimport prepare_rewrite
 from fz_core.fastpath.ring cimport Ring, ring_bar, ring_is_barred, ring_read
 from fz_core.fastpath.system cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT,
-    epoll_create1, epoll_ctl, epoll_event, epoll_wait, eventfd, fz_add, fz_get, fz_pause, fz_set, fz_signal,
-    SO_TIMESTAMPNS, SOL_SOCKET, fz_unsignal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SO_TIMESTAMPNS, SOL_SOCKET, fz_add, fz_get, fz_pause,
+    fz_set, fz_signal, htons, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, setsockopt,
 )
 from fz_core.fastpath.ways cimport fill_key, number_of, set_receiver, set_sender, set_way_in, set_way_out
 from fz_core.wireguard.session cimport Session
+from fz_core.wireguard.shared cimport fz_time_get
 from fz_core.wireguard.tunnel cimport Tunnel
 
 import os
@@ -46,17 +58,9 @@ import os
 cdef enum:
     OUT = 0
     IN = 1
-    FROM_TUN = 1
-    FROM_V4 = 2
-    FROM_V6 = 4
-    EVERYTHING = 7
-    EVENTS = 4
     FEW = 16                   # reads and messages of a turn
-    DENSE = 32                 # of a millisecond
     STALL_POLL_MS = 20         # how often a stalled send looks whether its patience has ended
 
-# A pause costs a stream of single packets nothing, and a conversation, which never has so many, has none.
-cdef double DENSITY_TIME = 0.001
 cdef long LINGER = 30_000          # nanoseconds; the kernel makes 80,000 of it
 cdef long BARRED_PAUSE = 50_000, POLITE_PAUSE = 20_000
 
@@ -79,8 +83,8 @@ cdef class Pump:
     cdef uint64_t _tells_activity      # whether the driver wants to know of the next packet; atomic
     cdef uint64_t _taken[2]
     cdef uint64_t _published[2]        # records it was told of
-    cdef int _polls[2]                 # the same one if a single thread serves both
-    cdef int _kick
+    cdef Poll _waits[2]
+    cdef Poll *_polls[2]               # the same one if a single thread serves both
     cdef int _wake
     cdef bint _shows_stall             # whether the poll waits for room instead of packets
     cdef int _shown_on                 # in the socket of this family
@@ -88,7 +92,8 @@ cdef class Pump:
     cdef readonly int threads
 
     def __cinit__(self):
-        self._kick = self._polls[0] = self._polls[1] = -1
+        for i in range(2):
+            self._waits[i].fd = self._waits[i].kick = -1
         memset(&self._out, 0, sizeof(Outbound))
         memset(&self._in, 0, sizeof(Inbound))
         memset(&self._peers, 0, sizeof(PeerTable))
@@ -111,20 +116,15 @@ cdef class Pump:
         self._out.has_gso = has_gso
         self._in.merges = merges
         self._tells_activity = 1
-        self._kick = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
-        self._polls[OUT] = epoll_create1(EPOLL_CLOEXEC)
-        self._polls[IN] = self._polls[OUT] if threads == 1 else epoll_create1(EPOLL_CLOEXEC)
-        if self._kick < 0 or self._polls[OUT] < 0 or self._polls[IN] < 0:
+        self._polls[OUT] = &self._waits[0]
+        self._polls[IN] = &self._waits[threads - 1]
+        if poll_open(self._polls[OUT]) < 0 or (threads == 2 and poll_open(self._polls[IN]) < 0):
             raise OSError("no file descriptors for the pump: raise the limit (ulimit -n)")
-        watch(self._polls[OUT], EPOLL_CTL_ADD, self._kick, EPOLLIN)
-        if threads == 2:
-            watch(self._polls[IN], EPOLL_CTL_ADD, self._kick, EPOLLIN)
-        watch(self._polls[OUT], EPOLL_CTL_ADD, tun_fd, EPOLLIN)
+        poll_watch(self._polls[OUT], EPOLL_CTL_ADD, tun_fd, EPOLLIN, FROM_TUN)
 
     def __dealloc__(self):
-        for fd in {self._kick, self._polls[0], self._polls[1]}:
-            if fd >= 0:
-                close(fd)
+        poll_close(&self._waits[0])
+        poll_close(&self._waits[1])
         outbound_free(&self._out)
         inbound_free(&self._in)
         peers_free(&self._peers)
@@ -165,7 +165,7 @@ cdef class Pump:
     def stop(self):
         """Let `run` return soon."""
         fz_set(&self._is_stopping, 1)
-        fz_signal(self._kick)
+        kick(self)
 
     # sockets
 
@@ -176,17 +176,18 @@ cdef class Pump:
         lock_both(self)
         for family, socket in enumerate((v4, v6)):
             if self._in.sockets[family] >= 0:
-                watch(self._polls[IN], EPOLL_CTL_DEL, self._in.sockets[family], 0)
+                poll_watch(&self._waits[0], EPOLL_CTL_DEL, self._in.sockets[family], 0, 0)
+                poll_watch(&self._waits[1], EPOLL_CTL_DEL, self._in.sockets[family], 0, 0)
             self._in.sockets[family] = self._out.sockets[family] = -1
             if socket is not None:
                 self._in.sockets[family] = self._out.sockets[family] = socket[0]
                 self._in.ports[family] = htons(<uint16_t>socket[1])
                 setsockopt(socket[0], SOL_SOCKET, SO_TIMESTAMPNS, &one, sizeof(one))  # without, no queue is seen
-                watch(self._polls[IN], EPOLL_CTL_ADD, socket[0], EPOLLIN)
+                poll_watch(self._polls[IN], EPOLL_CTL_ADD, socket[0], EPOLLIN, FROM_V4 << family)
         self._out.first = self._out.open_count = 0
         self._out.is_stalled = False
         unlock_both(self)
-        fz_signal(self._kick)
+        kick(self)
 
     # what the driver gets
 
@@ -218,18 +219,20 @@ cdef class Pump:
         cdef int half
         cdef uint32_t i, slot
         cdef Peer *peer
+        cdef double unheard_since
         lock_both(self)
         for half in range(2):
             for i in range(self._peers.touched_count[half]):
                 slot = self._peers.touched[half][i]
                 peer = self._peers.peers[slot]
                 peer.is_touched[half] = False
+                unheard_since = fz_time_get(&peer.unheard_since)
                 if peer.is_used:
                     found[slot] = (
                         number_of(peer, slot),
                         None if peer.sent_at == -INFINITY else peer.sent_at,
                         None if peer.heard_at == -INFINITY else peer.heard_at,
-                        None if peer.unheard_since == INFINITY else peer.unheard_since,
+                        None if unheard_since == INFINITY else unheard_since,
                     )
             self._peers.touched_count[half] = 0
         unlock_both(self)
@@ -256,21 +259,23 @@ cdef class Pump:
     @property
     def has_failed(self):
         """Whether the device is gone."""
-        return bool(self._out.device_failed)
+        return fz_get(&self._out.device_failed) != 0
 
     @property
     def refused_merged(self):
         """Whether the device refused a merged packet, so that each goes alone now."""
-        return self._in.refused_merged != 0
+        return fz_get(&self._in.refused_merged) != 0
 
     @property
     def lost(self):
         """Records for the driver that found the ring full."""
-        return self._in.ring.dropped + self._out.ring.dropped
+        return fz_get(&self._in.ring.dropped) + fz_get(&self._out.ring.dropped)
 
     def counters(self):
         """What was carried, by the two halves, and what was lost."""
-        return {
+        cdef dict counted
+        lock_both(self)
+        counted = {
             "out_reads": self._out.reads, "out_packets": self._out.packets, "out_bytes": self._out.bytes,
             "out_calls": self._out.calls, "out_datagrams": self._out.datagrams, "out_dropped": self._out.dropped, "out_signalled": self._out.signalled,
             "in_calls": self._in.calls, "in_datagrams": self._in.datagrams, "in_packets": self._in.packets,
@@ -281,6 +286,8 @@ cdef class Pump:
             "flows_out": self._out.flows.count, "flows_in": self._in.flows.count,
             "evictions": self._out.flows.evictions + self._in.flows.evictions,
         }  # fmt: skip
+        unlock_both(self)
+        return counted
 
     # peers
 
@@ -429,21 +436,6 @@ cdef class Pump:
 # the thread's work
 
 
-cdef struct Density:
-    double began_at            # of the millisecond that is counted
-    int count
-    bint was_dense
-
-
-cdef bint is_dense(Density *density, int done, double now) noexcept nogil:
-    """Whether so much comes one by one that waiting a moment for more costs less than it gains."""
-    if now - density.began_at > DENSITY_TIME:
-        density.was_dense = density.count >= DENSE and now - density.began_at < 2 * DENSITY_TIME
-        density.began_at, density.count = now, 0
-    density.count += done
-    return density.was_dense
-
-
 cdef int turn(Pump self, bint sends, bint receives, int *ready) noexcept nogil:
     """Every source that is ready, once, up to a budget; how much there was, and which sources may have more."""
     cdef int done = 0, more = 0
@@ -485,7 +477,7 @@ cdef int turn_out(Pump self, int *more, double now) noexcept nogil:
     if self._out.is_stalled != self._shows_stall or (self._shows_stall and self._out.stalled_on != self._shown_on):
         show_stall(self)
     publish(self, OUT, &self._out.ring)
-    if self._out.device_failed:
+    if fz_get(&self._out.device_failed):
         fz_set(&self._is_stopping, 1)
         fz_signal(self._wake)
     pthread_mutex_unlock(&self._locks[OUT])
@@ -507,48 +499,38 @@ cdef inline void publish(Pump self, int half, Ring *ring) noexcept nogil:
 
 cdef int wait(Pump self, bint sends, bint receives) noexcept nogil:
     """Until something is ready; what."""
-    cdef epoll_event events[EVENTS]
-    cdef int count, i, fd, ready = 0
-    if (sends and self._out.ring.barrier) or (receives and self._in.ring.barrier):
+    cdef bint is_stalled = sends and self._shows_stall
+    cdef int ready
+    if (sends and fz_get(&self._out.ring.barrier)) or (receives and fz_get(&self._in.ring.barrier)):
         fz_pause(BARRED_PAUSE)
         return EVERYTHING
-    count = epoll_wait(
-        self._polls[OUT if sends else IN], events, EVENTS, STALL_POLL_MS if sends and self._shows_stall else -1)
-    for i in range(count):
-        fd = <int>events[i].data.u32
-        if fd == self._out.tun:
-            ready |= FROM_TUN
-        elif fd == self._in.sockets[0]:
-            ready |= FROM_V4
-        elif fd == self._in.sockets[1]:
-            ready |= FROM_V6
-        elif not fz_get(&self._is_stopping):
-            fz_unsignal(self._kick)
-            return EVERYTHING
-    return EVERYTHING if self._shows_stall else ready
+    ready = poll_wait(self._polls[OUT if sends else IN], STALL_POLL_MS if is_stalled else -1)
+    return EVERYTHING if is_stalled else ready
 
 
 cdef void show_stall(Pump self) noexcept nogil:
     """While a socket is full, wait for room in it instead of packets from the device."""
-    cdef int family
-    cdef uint32_t events
+    cdef int family, fd
+    cdef bint is_full
     self._shows_stall, self._shown_on = self._out.is_stalled, self._out.stalled_on
-    watch(self._polls[OUT], EPOLL_CTL_MOD, self._out.tun, 0 if self._shows_stall else EPOLLIN)
+    poll_watch(self._polls[OUT], EPOLL_CTL_MOD, self._out.tun, 0 if self._shows_stall else EPOLLIN, FROM_TUN)
     for family in range(2):
-        if self._in.sockets[family] >= 0 and self.threads == 1:
-            events = EPOLLIN | EPOLLOUT if self._shows_stall and family == self._shown_on else EPOLLIN
-            watch(self._polls[IN], EPOLL_CTL_MOD, self._in.sockets[family], events)
-
-
-cdef void watch(int poll, int operation, int fd, uint32_t events) noexcept nogil:
-    cdef epoll_event event
-    memset(&event, 0, sizeof(event))
-    event.events = events
-    event.data.u32 = <uint32_t>fd
-    epoll_ctl(poll, operation, fd, &event)
+        fd = self._out.sockets[family]
+        is_full = self._shows_stall and family == self._shown_on
+        if fd >= 0 and self.threads == 1:
+            poll_watch(self._polls[OUT], EPOLL_CTL_MOD, fd, EPOLLIN | EPOLLOUT if is_full else EPOLLIN, FROM_V4 << family)
+        elif fd >= 0:
+            poll_watch(self._polls[OUT], EPOLL_CTL_ADD if is_full else EPOLL_CTL_DEL, fd, EPOLLOUT, FROM_TUN)
 
 
 # the driver's side of the locks
+
+
+cdef void kick(Pump self) noexcept nogil:
+    """Have each thread look at everything: one eventfd for both would wake one of them only."""
+    fz_signal(self._polls[OUT].kick)
+    if self.threads == 2:
+        fz_signal(self._polls[IN].kick)
 
 
 cdef void lock(Pump self, int half) noexcept:

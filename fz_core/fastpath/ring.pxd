@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from fz_core.fastpath.peers cimport Endpoint
-from fz_core.fastpath.system cimport fz_get
+from fz_core.fastpath.system cimport fz_get, fz_set
 
 cdef enum:
     FROM_DEVICE = 0            # a read from the device, virtio header included
@@ -26,9 +26,9 @@ ctypedef struct Ring:
     uint64_t filled            # bytes
     uint64_t produced          # records ever
     uint64_t done              # records of which nothing is left to do; atomic
-    uint64_t barrier           # nothing is read before `done` reaches this; 0 for none
+    uint64_t barrier           # nothing is read before `done` reaches this; 0 for none; atomic
     double barred_until        # or before this time
-    uint64_t dropped
+    uint64_t dropped           # atomic
 
 cdef int ring_init(Ring *ring) noexcept nogil
 cdef void ring_free(Ring *ring) noexcept nogil
@@ -46,7 +46,7 @@ cdef inline bint ring_is_barred(Ring *ring, double now) noexcept nogil:
         return False
     if fz_get(&ring.done) < ring.barrier and now < ring.barred_until:
         return True
-    ring.barrier = 0
+    fz_set(&ring.barrier, 0)
     return False
 
 

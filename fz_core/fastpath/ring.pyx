@@ -7,7 +7,7 @@ from libc.string cimport memcpy, memset
 
 from fz_core.fastpath.flows cimport NONE
 from fz_core.fastpath.peers cimport Endpoint
-from fz_core.fastpath.system cimport ntohs
+from fz_core.fastpath.system cimport fz_set, ntohs
 
 cdef enum:
     RING_BYTES = 2 << 20       # thirty super packets, or thousands of datagrams; paged in as it is used
@@ -30,7 +30,7 @@ cdef void ring_free(Ring *ring) noexcept nogil:
 
 cdef bint ring_push(Ring *ring, const Record *record, const uint8_t *data) noexcept nogil:
     if ring.filled + sizeof(Record) + record.size > RING_BYTES:
-        ring.dropped += 1
+        fz_set(&ring.dropped, ring.dropped + 1)
         return False
     memcpy(ring.filling + ring.filled, record, sizeof(Record))
     ring.filled += sizeof(Record)
@@ -45,7 +45,7 @@ cdef void ring_bar(Ring *ring, uint64_t position, double now) noexcept nogil:
     if ring.barrier == 0:
         ring.barred_until = now + BARRED_TIME
     if position > ring.barrier:
-        ring.barrier = position
+        fz_set(&ring.barrier, position)
 
 
 cdef int ring_read(Ring *ring, uint64_t size, list records) except -1:

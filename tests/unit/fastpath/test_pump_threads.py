@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,8 +23,8 @@ PATIENCE = 20.0  # seconds; only a failure takes that long
 class Running:
     """A rig whose pump runs."""
 
-    def __init__(self, threads: int) -> None:
-        self.rig = Rig(threads=threads)
+    def __init__(self, threads: int, *, has_gso: bool = True) -> None:
+        self.rig = Rig(threads=threads, has_gso=has_gso)
         self.rig.pump.step(self.rig.now)
         halves = [()] if threads == 1 else [(0,), (1,)]
         self.threads = [threading.Thread(target=self.rig.pump.run, args=half, daemon=True) for half in halves]
@@ -149,6 +152,38 @@ def test_other_sockets(running: Running) -> None:
     rig.far.send([rig.seal(packet)], port)
     running.wait_for(rig.device.fileno())
     assert rig.delivered() == [packet.data]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_room_in_a_full_socket_is_used_at_once(threads: int) -> None:
+    """Every few datagrams the socket is full; were each time a poll's timeout, this would take a minute."""
+    running = Running(threads, has_gso=False)
+    rig = running.rig
+    packet = packet_of(4, UDP, bytes(1000))
+    rig.install(packet)
+    far, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (far, near):
+        end.setblocking(False)
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    rig.pump.set_sockets((near.fileno(), 1), None)
+    running.start()
+    written = taken = 0
+    end_at = time.monotonic() + PATIENCE
+    while taken < 60_000:
+        assert time.monotonic() < end_at, f"{taken} datagrams in {PATIENCE} s"
+        with contextlib.suppress(BlockingIOError):
+            while written < taken + 100:
+                rig.device.send(bytes(10) + packet.data)
+                written += 1
+        running.wait_for(far.fileno())
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                taken += len(far.recv(70_000)) // 1060
+    running.end()
+    assert rig.pump.counters()["out_dropped"] == 0
+    for end in (far, near):
+        end.close()
+    rig.close()
 
 
 def flood(rig: Rig, until: threading.Event) -> Callable[[], None]:
