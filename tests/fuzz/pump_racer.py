@@ -61,6 +61,10 @@ class Racer:
             if self.chance.random() < 0.3:
                 self.decide()
         self.check()
+        self.rig.device.close()
+        while not self.rig.pump.has_failed:  # the sending half ends by itself then
+            assert time.monotonic() < end + 2 * PATIENCE, "nobody saw that the device is gone"
+            self.rig.pump.notice()
         self.rig.pump.stop()
         for thread in self.threads:
             thread.join(PATIENCE)
