@@ -365,7 +365,7 @@ class Connection:
             elif isinstance(event, PathSilent):
                 self.watch.note_path_silent(now)
             elif isinstance(event, AllPathsSilent):
-                self.watch.is_silenced = True
+                self.watch.note_all_silent(now)
         while (happened := self.tunnel.poll_event()) is not None:
             if isinstance(happened, SessionEstablished):
                 self._handshaken = True

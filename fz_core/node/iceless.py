@@ -49,8 +49,12 @@ class IcelessConnection(Connection):
         return False
 
     def restart_ice(self, now: float) -> None:
-        """The peer asked again and was not heard lately: measure all paths anew."""
+        """The peer is asked for again and was not heard lately: measure all paths anew, and find out if it knows us."""
         self.rebuild(self.agent.local_candidates, now)
+        if self.parameters.controlling:
+            self.agent.doubt_session()
+            if not self.tunnel.handshake_in_progress:
+                self.tunnel.start_handshake(now)
 
     def rebuild(self, keep: Collection[Candidate], now: float) -> None:
         """Our surroundings changed. Data stays on the last path until there is another."""

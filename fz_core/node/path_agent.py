@@ -57,6 +57,7 @@ class PathAgent:
         self._former: Pair | None = None
         self._former_until = float("-inf")
         self._has_session = False
+        self._doubts_session = False  # the peer may have lost it
         self._unsealed_at = float("-inf")
         self._fan_out: FanOut | None = None
         self._copies = Copies()
@@ -165,10 +166,14 @@ class PathAgent:
             self._transmit(self._primary.key, datagram)
             if is_distress:
                 self._clear(now, OUTAGE_PATIENCE)
-        elif now - self._unsealed_at <= UNSEALED_TTL:
-            # the session is over: no probe can find a path any more, only a handshake can
+        elif self._doubts_session or now - self._unsealed_at <= UNSEALED_TTL:
+            # the session is over, here or there: no probe can find a path any more, only a handshake can
             for key in self._pairs.relayed:
                 self._transmit(key, datagram)
+
+    def doubt_session(self) -> None:
+        """The peer may know nothing of it: until a path is found, inits of ours go out as the first one did."""
+        self._doubts_session = True
 
     def is_copy(self, local: Address, remote: Address, datagram: bytes, now: float) -> bool:
         """Whether this init or response was taken before; it is answered as then, where it came from."""
@@ -303,6 +308,7 @@ class PathAgent:
         primary = self._primary
         verdict = self._health.step(None if primary is None else primary.rtt, now)
         if verdict is Verdict.ALL_SILENT:
+            self.doubt_session()
             self._events.append(AllPathsSilent())
         elif verdict is Verdict.DEAD:
             self._bury(now)
@@ -342,7 +348,7 @@ class PathAgent:
             self._set_primary(best, now)
 
     def _set_primary(self, pair: Pair, now: float) -> None:
-        self._primary, self._former = pair, None
+        self._primary, self._former, self._doubts_session = pair, None, False
         self._health.watch(*pair.key, now)
         self._pairs.settle_on(pair, now)
         self._events.append(pair.nominated)

@@ -90,6 +90,12 @@ class PathWatch:
         self.is_silenced, self._silent_at = True, now
         self._silent_gap, self._still_silent_at = STILL_SILENT_NEXT, now + STILL_SILENT_FIRST
 
+    def note_all_silent(self, now: float) -> None:
+        """No path at all gives answers, and data is sent."""
+        if self._still_silent_at is None:
+            self.note_path_silent(now)
+        self.is_silenced = True
+
     def handle_timeout(self, connection: Watched, now: float) -> None:
         """Run every timer that is due."""
         unheard_since = self.unheard.since

@@ -137,6 +137,26 @@ def test_a_blackout_of_half_a_minute(seed: int, iceless: bool) -> None:
     check(system, f"seed {seed}")
 
 
+@pytest.mark.parametrize("is_in_use", [False, True])
+@pytest.mark.parametrize("dark", [1.0, 12.0])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gateway_drops_a_client_that_is_away(seed: int, iceless: bool, dark: float, is_in_use: bool) -> None:
+    """Access was taken away and given back while the client heard neither its gateway nor its portal."""
+    system, talk = connected(seed, iceless=iceless)
+
+    def drop(system: System) -> None:
+        system.net.faults = Faults(loss=1.0)
+        system.portal.revoke(*next(iter(system.portal.grants)))
+        if is_in_use:
+            talk.for_seconds(dark, GAP)
+        else:
+            system.world.run_for(dark)
+        system.net.faults = Faults()
+
+    assert outage(system, talk, drop, dark + 20.0) <= dark + 8.0, f"seed {seed}"
+    check(system, f"seed {seed}")
+
+
 def test_connecting_with_twenty_percent_loss() -> None:
     """Every datagram, also to and from the relay, which is asked for the first time here."""
     slow = []
