@@ -123,3 +123,15 @@ def test_a_token_argument_disappears_from_the_process_list() -> None:
     finally:
         process.terminate()
         process.communicate(timeout=20)
+
+
+def test_a_hangup_does_not_end_a_client_that_starts() -> None:
+    """The network may change while everything is still being imported."""
+    program = """
+import os, signal
+import fz_headless
+os.kill(os.getpid(), signal.SIGHUP)
+print("lives")
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30)
+    assert (told.returncode, told.stdout) == (0, "lives\n"), told.stderr
