@@ -19,6 +19,7 @@ from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, duration, feature_flag, hide_argument, socket_address, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, has_net_admin, raise_socket_buffers
 
+gc.freeze()  # or enabling looks at everything that was imported
 gc.enable()
 
 PROGRAM = "firezone-gateway"

@@ -18,6 +18,7 @@ from fz_core.driver.logs import LogFilterError, configure
 from fz_core.driver.options import OptionParser, duration, url
 from fz_core.linux import HostError, device_id, forbid_core_dumps, raise_socket_buffers, read_token_file
 
+gc.freeze()  # or enabling looks at everything that was imported
 gc.enable()
 
 PROGRAM = "firezone-headless-client"
