@@ -35,7 +35,7 @@ BUDGET = 256
 FROM_DEVICE, DATAGRAM, OPENED, FORGED, NO_PACKET = range(5)
 
 Ending = tuple[bytes, int]
-Record = tuple[int, int | None, Ending | None, Ending | None, int, bytes]
+Record = tuple[int, int | None, Ending | None, Ending | None, int, bool, bytes]
 
 
 def wanted_threads() -> int:
@@ -135,7 +135,8 @@ class Carrier:
             self._pending.extend(self._pump.take())
             self._note_peers(now)  # a peer was heard before what it is told now
         for _ in range(min(len(self._pending), BUDGET)):
-            kind, number, local, source, ecn, data = self._pending.popleft()
+            kind, number, local, source, ecn, is_again, data = self._pending.popleft()
+            self._state.flow_goes_on = is_again
             if kind == FROM_DEVICE:
                 self._take_device_read(data, errors, now)
                 continue

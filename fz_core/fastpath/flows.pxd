@@ -33,12 +33,12 @@ ctypedef struct Flow:
     uint64_t bytes             # payload, since the last note
     double ttl
     double until
-    double last_at
+    double last_at             # when it was carried last; while nothing is decided, when it came last
     uint32_t peer              # slot
     uint32_t generation        # of the table when installed
     uint32_t peer_generation
     uint32_t next              # in the chain of its bucket, or of the vacant ones
-    uint32_t batch             # number of the batch in which `run` counts
+    uint32_t batch             # number of the latest one it is in: inbound that in which `run` counts
     uint16_t run
     uint16_t identification
     uint16_t waiting           # packets that went the slow way and are not done with
@@ -75,8 +75,10 @@ cdef uint32_t flows_enter(FlowTable *table, const FlowKey *key) noexcept nogil
 cdef void flows_remove(FlowTable *table, uint32_t index) noexcept nogil
 
 
-cdef inline bint flow_diverted(Flow *flow, uint64_t position, uint64_t done) noexcept nogil:
+cdef inline bint flow_diverted(Flow *flow, uint64_t position, uint64_t done, double now) noexcept nogil:
     """A packet went the slow way, where this is its position. True if enough wait there to let the driver catch up."""
+    if flow.state == PENDING:
+        flow.last_at = now
     flow.waiting = 1 if flow.diverted <= done else min(flow.waiting, <uint16_t>0xFFFE) + 1
     flow.diverted = position
     flow.is_referenced = 1

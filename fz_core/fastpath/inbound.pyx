@@ -223,24 +223,24 @@ cdef void take_datagram(Inbound *inb, uint8_t *data, int size, Arrival *arrival,
         channel = <uint16_t>get16(data)
         length = get16(data + 2)
         if length > size - CHANNEL_HEADER:
-            divert(inb, DATAGRAM, NONE, data, size, arrival)
+            divert(inb, DATAGRAM, NONE, data, size, arrival, False)
             return
         datagram = data + CHANNEL_HEADER
     slot = peer_of(inb, datagram, length)
     if slot == NONE or not comes_as_expected(inb.peers.peers[slot], channel, arrival):
-        divert(inb, DATAGRAM, NONE, data, size, arrival)
+        divert(inb, DATAGRAM, NONE, data, size, arrival, False)
         return
     peer = inb.peers.peers[slot]
     receiver = &peer.receivers[datagram[4] % SESSIONS]
     if not is_live(receiver, datagram, now):
-        divert(inb, DATAGRAM, NONE, data, size, arrival)
+        divert(inb, DATAGRAM, NONE, data, size, arrival, False)
         return
     opened = session_open_with(receiver.session, &receiver.key, datagram, length, datagram + DATA_HEADER_LENGTH)
     if opened < 0:
         if opened == SEAL_BROKEN:
-            divert(inb, FORGED, slot, data, 0, arrival)
+            divert(inb, FORGED, slot, data, 0, arrival, False)
         else:
-            divert(inb, DATAGRAM, NONE, data, size, arrival)  # a replay, untouched
+            divert(inb, DATAGRAM, NONE, data, size, arrival, False)  # a replay, untouched
         return
     traffic_received(peer.traffic, opened > 0, now)
     fz_time_set(&peer.unheard_since, INFINITY)
@@ -279,7 +279,8 @@ cdef inline bint same_endpoint(const Endpoint *a, const Endpoint *b) noexcept no
 
 
 cdef void divert(
-    Inbound *inb, uint8_t kind, uint32_t peer, const uint8_t *data, int size, const Arrival *arrival
+    Inbound *inb, uint8_t kind, uint32_t peer, const uint8_t *data, int size, const Arrival *arrival,
+    bint is_again
 ) noexcept nogil:
     cdef Record record
     memset(&record, 0, sizeof(Record))
@@ -289,6 +290,7 @@ cdef void divert(
     record.source = arrival.source
     record.local = arrival.local
     record.ecn = <uint8_t>arrival.ecn
+    record.is_again = is_again
     ring_push(&inb.ring, &record, data)
 
 
@@ -305,10 +307,10 @@ cdef void take_packet(
     cdef uint32_t index = NONE
     cdef Py_ssize_t length = inner_length(ip, size) if size else 0
     if length < 0:
-        divert(inb, NO_PACKET, slot, ip, 0, arrival)
+        divert(inb, NO_PACKET, slot, ip, 0, arrival, False)
         return
     if length == 0 or parse_layout(ip, length, &layout) != PARSE_OK or layout.src_port < 0:
-        divert(inb, OPENED, slot, ip, <int>length, arrival)
+        divert(inb, OPENED, slot, ip, <int>length, arrival, False)
         return
     key_of(ip, &layout, &key)
     key.peer = <uint16_t>slot
@@ -319,8 +321,8 @@ cdef void take_packet(
         index = flows_enter(&inb.flows, &key)
     flow = &inb.flows.flows[index]
     if not is_plain(&layout) or not may_pass(inb, flow, slot, &layout, <int>length, ip, now):
-        divert(inb, OPENED, slot, ip, <int>length, arrival)
-        if flow_diverted(flow, inb.ring.produced, fz_get(&inb.ring.done)):
+        divert(inb, OPENED, slot, ip, <int>length, arrival, flow.diverted != 0)
+        if flow_diverted(flow, inb.ring.produced, fz_get(&inb.ring.done), now):
             ring_bar(&inb.ring, inb.ring.produced, now)
         return
     if inb.owes_signal and layout.protocol == PROTO_TCP and length - layout.payload >= LARGE_PAYLOAD:

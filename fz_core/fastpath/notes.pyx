@@ -6,6 +6,8 @@ from libc.stdlib cimport malloc
 from fz_core.fastpath.flows cimport INSTALLED, PENDING, Flow, FlowTable, flows_remove
 from fz_core.fastpath.peers cimport PeerTable
 
+cdef double PENDING_TIME = 30  # so long a flow's second packet is known to be that
+
 
 cdef object note_of(Flow *flow):
     cdef object note = None
@@ -44,7 +46,7 @@ cdef int notes_sweep(
     for i in range(min(most, table.used)):
         table.swept = (table.swept + 1) % table.used
         flow = &table.flows[table.swept]
-        if flow.state == PENDING and not flow.is_referenced and flow.diverted <= done:
+        if flow.state == PENDING and now >= flow.last_at + PENDING_TIME and flow.diverted <= done:
             flows_remove(table, table.swept)
         elif flow.state == INSTALLED and not is_in_force(table, peers, flow, now):
             gone.append((is_inbound, table.swept, note_of(flow)))

@@ -21,6 +21,7 @@ ctypedef struct Batch:
     int length                 # bytes so far
     int limit
     bint is_closed
+    uint32_t number            # in the order they were opened
 
 # What was read from the device and is not sent yet.
 ctypedef struct Slot:
@@ -46,6 +47,7 @@ ctypedef struct Outbound:
     Batch batches[OPEN_BATCHES]
     int open_count
     int first                  # batches before it are sent
+    uint32_t opened            # batches ever
     double stalled_at          # since when the socket takes nothing; 0: it does
     bint is_stalled
     int stalled_on             # the family whose socket that is

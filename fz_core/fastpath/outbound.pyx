@@ -170,12 +170,14 @@ cdef void handle(Outbound *out, Slot *slot, double now) noexcept nogil:
 cdef void divert(Outbound *out, const Slot *slot, double now) noexcept nogil:
     """To the slow path. What follows in its flow must not overtake it."""
     cdef Record record
+    cdef bint is_super = read_vnet(slot.memory + HEADROOM).gso_type != VNET_GSO_NONE
     memset(&record, 0, sizeof(Record))
     record.kind = FROM_DEVICE
     record.peer = NONE
     record.size = <uint32_t>slot.size
+    record.is_again = is_super or (slot.flow != NONE and out.flows.flows[slot.flow].diverted != 0)
     ring_push(&out.ring, &record, slot.memory + HEADROOM)
-    if slot.flow != NONE and flow_diverted(&out.flows.flows[slot.flow], out.ring.produced, fz_get(&out.ring.done)):
+    if slot.flow != NONE and flow_diverted(&out.flows.flows[slot.flow], out.ring.produced, fz_get(&out.ring.done), now):
         ring_bar(&out.ring, out.ring.produced, now)
 
 
@@ -343,7 +345,7 @@ cdef void seal_all(
         if is_super:
             write_lengths(packet, version, l4, size + part, i)
             write_transport(packet, version, plan.protocol, l4, size + part, i * plan.segment, i + 1 == plan.count)
-        seal_one(out, flow.peer, peer, packet, size + part, 3 if i == signal else ecn, now)
+        seal_one(out, flow, peer, packet, size + part, 3 if i == signal else ecn, now)
 
 
 cdef inline int ecn_of(const uint8_t *ip, int version) noexcept nogil:
@@ -383,10 +385,10 @@ cdef inline void write_transport(
 
 
 cdef void seal_one(
-    Outbound *out, uint32_t slot, Peer *peer, const uint8_t *packet, int size, int ecn, double now
+    Outbound *out, Flow *flow, Peer *peer, const uint8_t *packet, int size, int ecn, double now
 ) noexcept nogil:
     cdef int prefix = CHANNEL_HEADER if peer.channel else 0
-    cdef Batch *batch = batch_for(out, slot, peer, ecn, prefix + size + DATA_OVERHEAD, now)
+    cdef Batch *batch = batch_for(out, flow, peer, ecn, prefix + size + DATA_OVERHEAD, now)
     cdef uint8_t *at
     cdef Py_ssize_t sealed
     if batch == NULL:
@@ -408,11 +410,17 @@ cdef void seal_one(
 # batches
 
 
-cdef Batch *batch_for(Outbound *out, uint32_t slot, Peer *peer, int ecn, int size, double now) noexcept nogil:
-    """A batch with room for `size` more bytes; NULL where none can be had. Only the latest of a way is continued."""
-    cdef Batch *batch = latest_batch(out, slot, ecn)
+cdef Batch *batch_for(Outbound *out, Flow *flow, Peer *peer, int ecn, int size, double now) noexcept nogil:
+    """A batch with room for `size` more bytes; NULL where none can be had.
+
+    Only the latest of a way and mark is continued, and only if no later one has datagrams of the same flow.
+    """
+    cdef Batch *batch = latest_batch(out, flow.peer, ecn)
+    cdef bint is_behind
     if batch != NULL:
-        if not batch.is_closed and size <= batch.segment and batch.length + size <= batch.limit:
+        is_behind = <int32_t>(flow.batch - batch.number) > 0  # wraps at 32 bits
+        if not is_behind and not batch.is_closed and size <= batch.segment and batch.length + size <= batch.limit:
+            flow.batch = batch.number
             return batch
         if batch.length + batch.segment > batch.limit:
             outbound_flush(out, now)  # it is full: sending it later costs no less
@@ -420,7 +428,9 @@ cdef Batch *batch_for(Outbound *out, uint32_t slot, Peer *peer, int ecn, int siz
         return NULL
     batch = &out.batches[out.open_count]
     out.open_count += 1
-    batch.peer = slot
+    out.opened += 1
+    batch.number = flow.batch = out.opened
+    batch.peer = flow.peer
     batch.ecn = ecn
     batch.segment = size
     batch.length = 0

@@ -194,10 +194,10 @@ cdef class Pump:
     def take(self):
         """Everything that waits for the driver, oldest first for each half.
 
-        Tuples `(kind, peer, local, source, ecn, data)`: kind 0 is a read from the device, header included, 1 a
+        Tuples `(kind, peer, local, source, ecn, is_again, data)`: kind 0 is a read from the device, header included, 1 a
         datagram, 2 a packet opened for the peer of this number, 3 a forgery, 4 authentic bytes that are no packet.
-        `local` and `source` are `(ip, port)`, None for the device's. After handling them all, and after writing
-        what came of it: `finish`.
+        `local` and `source` are `(ip, port)`, None for the device's. `is_again`: it is not the first of its flow, or
+        stands for several. After handling them all, and after writing what came of it: `finish`.
         """
         cdef list records = []
         drain(self, IN, records)

@@ -19,6 +19,7 @@ ctypedef struct Record:
     Endpoint local
     uint8_t kind
     uint8_t ecn
+    uint8_t is_again           # one of its flow came this way before, or this stands for several
 
 ctypedef struct Ring:
     uint8_t *filling

@@ -60,6 +60,7 @@ cdef int ring_read(Ring *ring, uint64_t size, list records) except -1:
             endpoint_of(&record.local),
             endpoint_of(&record.source),
             record.ecn,
+            bool(record.is_again),
             PyBytes_FromStringAndSize(<char *>ring.taken + at, record.size),
         ))
         at += record.size

@@ -43,7 +43,8 @@ class TunnelRole(ABC):
     """Sans-IO state of one end. One mutation, then drain every `poll_*`, then wait for `poll_timeout`.
 
     With `wants_verdicts` there is a flow table in front: after each call it takes what became void (another
-    `generation`, `take_stale`, `take_revoked`), and then, about the packet of that call, `take_verdict`.
+    `generation`, `take_stale`, `take_revoked`), and then, about the packet of that call, `take_verdict`. It says with
+    `flow_goes_on` before a call whether more like this packet are expected, so that a verdict is worth its making.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class TunnelRole(ABC):
         self._packets: deque[Packet] = deque()
         self._events: deque[TunnelEvent] = deque()
         self._wants_verdicts = False
+        self.flow_goes_on = True
         self.generation = 0
         self._may_offer = False  # whether the packet in hand may become a verdict
         self._verdict: Verdict | None = None
@@ -106,7 +108,7 @@ class TunnelRole(ABC):
     def handle_tun_input(self, data: Packet | bytes, now: float) -> PacketError | None:
         """Take an IP packet from the TUN device; the error, if any, concerns this packet alone."""
         if self._wants_verdicts:
-            self._may_offer, self._verdict = True, None
+            self._may_offer, self._verdict = self.flow_goes_on, None
         packet = data if isinstance(data, Packet) else Packet.parse_untrusted(data)
         if isinstance(packet, DropReason):
             return self._drop(packet)
@@ -134,7 +136,7 @@ class TunnelRole(ABC):
     ) -> PacketError | None:
         """What the node made of a datagram: a packet of a peer, nothing more to do, or why it was dropped."""
         if self._wants_verdicts:
-            self._may_offer, self._verdict = True, None
+            self._may_offer, self._verdict = self.flow_goes_on, None
         if received is None:
             self._collect(now)
             return None

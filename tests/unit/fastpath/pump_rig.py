@@ -41,6 +41,7 @@ class Record(NamedTuple):
     local: tuple[bytes, int] | None
     source: tuple[bytes, int] | None
     ecn: int
+    is_again: bool
     data: bytes
 
 
@@ -147,8 +148,13 @@ class Rig:
     def write(self, *reads: bytes | Packet) -> None:
         """What the host sends: packets, or reads with their header."""
         for read in reads:
+            self.write_at_once(read)
+
+    def write_at_once(self, *reads: bytes | Packet) -> None:
+        """The same for a single turn of the pump."""
+        for read in reads:
             self.device.send(NO_OFFLOAD + read.data if isinstance(read, Packet) else read)
-            self.pump.step(self.now)
+        self.pump.step(self.now)
 
     def sent(self) -> list[bytes]:
         """The packets in the datagrams that the peer got."""

@@ -80,7 +80,7 @@ def test_padding_is_cut_off(rig: Rig) -> None:
 def test_a_keepalive_goes_to_the_driver_and_counts_as_a_sign_of_life(rig: Rig) -> None:
     rig.now += 3
     rig.arrive(b"")
-    ((kind, slot, local, source, _, data),) = rig.records()
+    ((kind, slot, local, source, _, _, data),) = rig.records()
     assert (kind, slot, data) == (OPENED, rig.slot, b"")
     assert local == (ip_address("127.0.0.1").packed, rig.udp[4].port)
     assert source == (rig.far.ip, rig.far.port)
@@ -96,7 +96,7 @@ def test_what_is_no_flow_is_opened_and_goes_to_the_driver(rig: Rig) -> None:
     for packet in packets:
         assert isinstance(packet, Packet)
         rig.arrive(packet, ecn=1)
-        ((kind, slot, _, _, ecn, data),) = rig.records()
+        ((kind, slot, _, _, ecn, _, data),) = rig.records()
         assert (kind, slot, ecn, data) == (OPENED, rig.slot, 1, packet.data)
     assert rig.writes() == []
 
@@ -112,7 +112,7 @@ def test_what_ends_a_connection_is_for_the_driver(rig: Rig, flags: int) -> None:
 @pytest.mark.parametrize("plaintext", [b"\0", b"\x45" + bytes(18), b"\x45\0\0\x30" + bytes(16), b"\x99" * 60])
 def test_authentic_bytes_that_are_no_packet(rig: Rig, plaintext: bytes) -> None:
     rig.arrive(plaintext)
-    ((kind, _, _, _, _, data),) = rig.records()
+    ((kind, _, _, _, _, _, data),) = rig.records()
     assert (kind, data) == (NO_PACKET, b"")
 
 
@@ -120,7 +120,7 @@ def test_a_forgery(rig: Rig) -> None:
     sealed = bytearray(rig.seal(packet_of(4, UDP, b"x")))
     sealed[-1] ^= 1
     rig.arrive_raw(bytes(sealed))
-    ((kind, _, _, _, _, data),) = rig.records()
+    ((kind, _, _, _, _, _, data),) = rig.records()
     assert (kind, data) == (FORGED, b"")
     assert rig.pump.take_peers() == []
 
@@ -132,7 +132,7 @@ def test_a_replay_is_left_to_the_driver_untouched(rig: Rig) -> None:
     rig.arrive_raw(sealed)
     rig.arrive_raw(sealed)
     assert rig.delivered() == [packet.data]
-    ((kind, _, _, _, _, data),) = rig.records()
+    ((kind, _, _, _, _, _, data),) = rig.records()
     assert (kind, data) == (DATAGRAM, sealed)
     assert rig.tunnels.a.tunnel.handle_untrusted(sealed, None, rig.now) is DropReason.WG_REPLAYED_PACKET
 
@@ -232,7 +232,7 @@ def test_what_is_no_data_is_for_the_driver(rig: Rig, length: int) -> None:
     for odd in (sealed[:length], b"\1" + sealed[1:], sealed[:1] + b"\1" + sealed[2:], unknown,
                 sealed[:4] + another + sealed[5:], b"\x40\x00" + sealed[2:]):  # fmt: skip
         rig.arrive_raw(odd)
-        ((kind, slot, _, _, _, data),) = rig.records()
+        ((kind, slot, _, _, _, _, data),) = rig.records()
         assert (kind, slot, data) == (DATAGRAM, None, odd)
 
 
@@ -273,7 +273,7 @@ def test_channel_data_of_another_length(rig: Rig, relay: Far, length: int) -> No
     data = channel_data(0x4ABC, rig.seal(packet), length)
     rig.arrive_raw(data)
     assert rig.delivered() == []
-    ((kind, _, _, _, _, kept),) = rig.records()
+    ((kind, _, _, _, _, _, kept),) = rig.records()
     assert (kind, kept) == ((FORGED, b"") if length in (32, 59) else (DATAGRAM, data))
 
 

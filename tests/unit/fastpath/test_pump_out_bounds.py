@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 
-from fz_core.packet import build_udp
+from fz_core.packet import Packet, build_icmp_unreachable, build_udp
 from fz_core.tunnel.verdict import FlowKey
 from tests.unit.fastpath.offload_reference import (
     ADDRESSES,
+    TCP,
     UDP,
     packet_of,
     super_packet,
@@ -122,10 +123,44 @@ def test_lapsed_flows_are_swept(rig: Rig) -> None:
     assert rig.pump.counters()["flows_out"] == 0
     rig.write(packets[1])
     rig.handle_slowly()
+    rig.now += 29.9
+    rig.pump.step(rig.now)
     rig.pump.sweep(1000)
-    assert rig.pump.counters()["flows_out"] == 1, "seen, and referenced until the sweep after"
+    assert rig.pump.counters()["flows_out"] == 1, "its second packet may still come"
+    rig.now += 0.1
+    rig.pump.step(rig.now)
     rig.pump.sweep(1000)
     assert rig.pump.counters()["flows_out"] == 0
+
+
+def test_the_driver_is_told_which_packets_are_not_the_first_of_their_flow(rig: Rig) -> None:
+    one, other = (packet_of(4, UDP, b"x", ports=(port, 53)) for port in (1000, 1001))
+    rig.write(one, other, one)
+    assert [record.is_again for record in rig.records()] == [False, False, True]
+    rig.pump.finish()
+    rig.now += 25.0
+    refusal = build_icmp_unreachable(one)
+    assert isinstance(refusal, Packet)
+    rig.write(other, refusal)
+    assert [record.is_again for record in rig.records()] == [True, False]
+    rig.write(super_packet(train(4, TCP, [1000] * 3)))
+    assert [record.is_again for record in rig.records()] == [True], "it stands for several"
+
+
+def test_packets_of_a_flow_keep_their_order_whatever_their_marks(rig: Rig) -> None:
+    """Datagrams of another mark go in another call, but no earlier one goes on behind it."""
+    flow, other = (
+        [packet_of(4, UDP, bytes([number]) * 100, ports=(port, 53)) for number in range(9)] for port in (1000, 1001)
+    )
+    for number, packet in enumerate(flow):
+        packet.set_ecn((0, 2, 0, 0, 3, 2, 2, 0, 2)[number])
+    rig.install(flow[0])
+    rig.install(other[0])
+    rig.write_at_once(*(packet for pair in zip(flow, other, strict=True) for packet in pair))
+    sent = rig.sent()
+    assert [packet for packet in sent if packet[20:22] == flow[0].data[20:22]] == [packet.data for packet in flow]
+    assert [packet for packet in sent if packet[20:22] == other[0].data[20:22]] == [packet.data for packet in other]
+    assert rig.pump.counters()["out_calls"] < 18, "what may go together still does"
 
 
 # full sockets
