@@ -25,11 +25,10 @@ import trio
 from fz_core.driver.flow_logs import files
 from fz_core.driver.flow_logs.files import Report
 from fz_core.driver.flow_logs.https import HTTPS_PORT, BadUrl, HttpsClient, Reply, Resolve
-from fz_core.driver.flow_logs.uploading import OFF_INTERVAL
 from fz_core.portal.types import FlowLogs
 from fz_core.tunnel.flow_record import IngestToken
 
-BACKLOG_INTERVAL = 1.0
+BACKLOG_INTERVAL, OFF_INTERVAL = 1.0, 30.0
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 60.0
 BATCH_BUDGET = 300.0
 DEFAULT_RETRY_AFTER, MAX_RETRY_AFTER = 1.0, 3600.0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fz_core.driver.flow_logs.https import Resolve
     from fz_core.driver.flow_logs.upload import FlowUploader
 
-OFF_INTERVAL = 30.0
+LOOK_INTERVAL = 30.0
 
 
 async def upload_flow_logs(
@@ -21,7 +21,7 @@ async def upload_flow_logs(
 ) -> None:
     """Send what the spool in `root` holds, for ever. The spool makes that folder when there is something to keep."""
     while not os.path.lexists(root):
-        await sleep(OFF_INTERVAL)
+        await sleep(LOOK_INTERVAL)
     uploader = await trio.to_thread.run_sync(_uploader)
     await uploader(root, resolve).run()
 
