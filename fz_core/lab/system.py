@@ -130,6 +130,7 @@ class System:
         self.clients: list[Member] = []
         self.relays: list[Process] = []
         self.relay_hosts: list[Host] = []
+        self._relay_runs = 1
         self.log_filter = QUIET["RUST_LOG"]
         self._tokens = {name: secrets.token_hex(20) for name in ("gateway", "relay", CLIENT + ACCOUNT)}
         self._policy = lab.folder / "policy.toml"
@@ -217,15 +218,30 @@ class System:
         families = self.shape.relay_families
         host = self.lab.public_host(f"relay{number}", 101 + number, families=families)
         host.write_etc("hosts", self._hosts(families))
+        self.relay_hosts.append(host)
+        self.relays.append(self._spawn_relay(number, f"relay{number}"))
+        self._wait_for_relay(number)
+
+    def restart_relay(self, number: int) -> None:
+        """Kill a relay, if it lives, and start it again: what it knew is gone."""
+        self.relays[number].kill()
+        self._relay_runs += 1
+        self.relays[number] = self._spawn_relay(number, f"relay{number}-{self._relay_runs}")
+        self._wait_for_relay(number)
+
+    def _spawn_relay(self, number: int, name: str) -> Process:
+        host = self.relay_hosts[number]
+        families = self.shape.relay_families
         env = {**QUIET, "FIREZONE_TOKEN": self._tokens["relay"], "FIREZONE_API_URL": self.api_url(families)}
         if host.ipv4 is not None:
             env["PUBLIC_IP4_ADDR"] = host.ipv4
         if host.ipv6 is not None:
             env["PUBLIC_IP6_ADDR"] = host.ipv6
-        relay = host.spawn(f"relay{number}", self.programs.relay, env)
-        self.relays.append(relay)
-        self.relay_hosts.append(host)
+        return host.spawn(name, self.programs.relay, env)
+
+    def _wait_for_relay(self, number: int) -> None:
         probe = ("curl", "-sf", "http://127.0.0.1:8080/readyz")
+        host, relay = self.relay_hosts[number], self.relays[number]
         self._until(lambda: host.run(*probe, check=False).returncode == 0, f"relay {number}", relay)
 
     def add_gateway(
