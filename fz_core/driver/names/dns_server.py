@@ -68,6 +68,7 @@ class TunnelDnsServer:
 
     async def serve(self, ips: Sequence[bytes], port: int = PORT) -> None:
         """Serve on these addresses, and no longer on others. HostError, and no socket left, if one is refused."""
+        await trio.lowlevel.checkpoint()  # whoever is being cancelled comes no further: `run` may have ended
         if self._nursery is None:
             raise RuntimeError("the server must run before it can serve")
         addresses = tuple(Address(ip, port) for ip in ips)

@@ -242,3 +242,14 @@ def free_port() -> int:
                 except OSError:
                     continue
                 return int(udp.getsockname()[1])
+
+
+async def test_who_is_cancelled_while_the_server_ends_is_just_cancelled() -> None:
+    """A gateway may be told to stop while its device is configured in a thread, which comes to an end first."""
+    server = TunnelDnsServer(Nameservers(()))
+    with trio.CancelScope() as stopped:
+        stopped.cancel()
+        await server.serve((LOOPBACK,))
+    assert stopped.cancelled_caught
+    with pytest.raises(RuntimeError, match="the server must run before it can serve"):
+        await server.serve((LOOPBACK,))
